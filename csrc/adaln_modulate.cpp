@@ -1,0 +1,7 @@
+#include "core.h"
+
+namespace uniworld {
+
+void bind_adaln_modulate(pybind11::module_&) {}
+
+}  // namespace uniworld

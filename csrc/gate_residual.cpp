@@ -1,0 +1,7 @@
+#include "core.h"
+
+namespace uniworld {
+
+void bind_gate_residual(pybind11::module_&) {}
+
+}  // namespace uniworld

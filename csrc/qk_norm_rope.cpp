@@ -1,0 +1,7 @@
+#include "core.h"
+
+namespace uniworld {
+
+void bind_qk_norm_rope(pybind11::module_&) {}
+
+}  // namespace uniworld

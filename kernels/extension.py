@@ -1,0 +1,21 @@
+"""The compiled C++ core, `uniworld.kernels._core`, and why it is absent where it is."""
+
+from types import ModuleType
+
+try:
+    from uniworld.kernels import _core
+except ImportError as error:
+    _core = None
+    MISSING = f"the C++ core is not built ({error}); reinstall with a C++ compiler on the PATH"
+else:
+    MISSING = ""
+
+
+def core() -> ModuleType | None:
+    """The pybind11 module built from `csrc/`, or None where it is absent; `MISSING` then says why."""
+    return _core
+
+
+def has(function: str) -> bool:
+    """True where the core was built with this function (`ema_update_cuda` only exists in builds with nvcc)."""
+    return _core is not None and hasattr(_core, function)

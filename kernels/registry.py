@@ -1,0 +1,102 @@
+"""The list of ops that tests and benchmarks walk, and the choice of backend for each call."""
+
+import os
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from uniworld.kernels import extension
+
+BACKENDS = ("triton", "cpp", "torch")
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+KERNEL_DTYPES = (torch.float32, torch.bfloat16)
+
+_forced = os.environ.get("UNIWORLD_KERNELS", "auto")
+if _forced not in ("auto", *BACKENDS):
+    raise ValueError(f"UNIWORLD_KERNELS={_forced!r}: must be one of auto, {', '.join(BACKENDS)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TritonBuild:
+    """One ahead-of-time compilation of a Triton kernel, at the sizes of the full model.
+
+    `signature` maps each argument to "*bf16", "*fp32", "*i64", "i32", "fp32", ... or "constexpr"; pointers and i32
+    sizes are taken to be divisible by 16, as they are at full scale.
+    """
+
+    kernel: Any
+    signature: dict[str, str]
+    constexprs: dict[str, Any]
+    num_warps: int = 4
+    num_stages: int = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Op:
+    """What tests and benchmarks need to know about one op.
+
+    `fn` and `reference` take the keyword arguments that `make_inputs(**case, dtype=, device=)` returns, and return a
+    tensor or a tuple of tensors. `differentiable` names the inputs whose gradients are tested (empty: no backward).
+    `bytes_moved(case)` is the least traffic in bytes at bf16 and `flops(case)` the arithmetic of the forward pass.
+    `cpp` names the function of the C++ core that serves CPU tensors, if there is one.
+    """
+
+    name: str
+    fn: Callable[..., Any]
+    reference: Callable[..., Any]
+    make_inputs: Callable[..., dict[str, Any]]
+    cases: tuple[dict[str, int], ...]
+    bench_cases: tuple[dict[str, int], ...]
+    bytes_moved: Callable[[dict[str, int]], int]
+    flops: Callable[[dict[str, int]], int] = field(default=lambda case: 0)
+    differentiable: tuple[str, ...] = ()
+    triton_builds: tuple[TritonBuild, ...] = ()
+    cpp: str | None = None
+
+
+OPS: dict[str, Op] = {}
+
+
+def register(op: Op) -> None:
+    if op.name in OPS:
+        raise KeyError(f"op {op.name!r} is registered twice")
+    OPS[op.name] = op
+
+
+def backend_for(x: Tensor, cpp: str | None = None) -> str:
+    """Which backend serves this call: "triton" on CUDA, "cpp" on the CPU where built, "torch" else.
+
+    `UNIWORLD_KERNELS` and `use_backend` force one; a forced backend that cannot run here raises, so that nothing
+    falls back silently. fp64 and integer tensors always take the torch reference.
+    """
+    if x.dtype not in KERNEL_DTYPES or _forced == "torch":
+        return "torch"
+    can_cpp = x.device.type == "cpu" and cpp is not None and extension.has(cpp)
+    if _forced == "triton":
+        if not (x.is_cuda or INTERPRET):
+            raise RuntimeError(f"UNIWORLD_KERNELS=triton needs a CUDA tensor or TRITON_INTERPRET=1, got {x.device}")
+        return "triton"
+    if _forced == "cpp":
+        if not can_cpp:
+            raise RuntimeError(f"UNIWORLD_KERNELS=cpp: {cpp or 'this op'} has no C++ version here. {extension.MISSING}")
+        return "cpp"
+    if x.is_cuda:
+        return "triton"
+    return "cpp" if can_cpp else "torch"
+
+
+@contextmanager
+def use_backend(name: str):
+    """Force one backend ("triton", "cpp", "torch" or "auto") inside a `with` block; for tests and benchmarks."""
+    global _forced
+    if name not in ("auto", *BACKENDS):
+        raise ValueError(f"backend={name!r}: must be one of auto, {', '.join(BACKENDS)}")
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before

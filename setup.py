@@ -1,0 +1,96 @@
+"""Builds the C++ core. Everything else is in pyproject.toml.
+
+Nothing here needs torch: raw pointers, sizes and a stream handle cross the border, so one build serves every torch.
+A missing compiler or a failed build leaves a pure-Python install, and `uniworld env` says so.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+DEFAULT_CUDA_ARCHS = "80;90a;100a"
+
+
+def cuda_sources() -> list[str]:
+    return sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").glob("*.cu"))
+
+
+def find_nvcc() -> str | None:
+    if os.environ.get("UNIWORLD_CUDA", "1") == "0":
+        return None
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    candidates = [Path(home) / "bin" / "nvcc"] if home else []
+    return next((str(c) for c in candidates if c.is_file()), shutil.which("nvcc"))
+
+
+def cuda_archs(nvcc: str) -> list[str]:
+    """The architectures asked for; of the default list, those this nvcc knows."""
+    asked = os.environ.get("UNIWORLD_CUDA_ARCHS")
+    archs = [a.strip() for a in (asked or DEFAULT_CUDA_ARCHS).split(";") if a.strip()]
+    if asked:
+        return archs
+    known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout.split()
+    return [a for a in archs if f"compute_{a.rstrip('a')}" in known]
+
+
+class BuildCore(build_ext):
+    """Compiles `csrc/*.cu` with nvcc first, then the C++ sources, and survives the absence of either compiler."""
+
+    def build_extension(self, ext):
+        ext.extra_objects = self.compile_cuda(ext)
+        try:
+            super().build_extension(ext)
+        except Exception as error:
+            print(f"uniworld: C++ core not built, installing pure Python: {error}", file=sys.stderr)
+
+    def compile_cuda(self, ext) -> list[str]:
+        nvcc = find_nvcc()
+        if nvcc is None:
+            print("uniworld: nvcc not found or UNIWORLD_CUDA=0, building without CUDA sources", file=sys.stderr)
+            return []
+        archs = cuda_archs(nvcc)
+        gencode = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
+        objects = []
+        Path(self.build_temp).mkdir(parents=True, exist_ok=True)
+        for source in cuda_sources():
+            target = str(Path(self.build_temp) / (Path(source).stem + ".cu.o"))
+            command = [nvcc, "-O3", "-std=c++17", "-Xcompiler", "-fPIC", "-cudart", "static", *gencode, "-c", source]
+            try:
+                subprocess.run([*command, "-o", target], check=True)
+            except (OSError, subprocess.CalledProcessError) as error:
+                print(f"uniworld: CUDA sources not built: {error}", file=sys.stderr)
+                return []
+            objects.append(target)
+        home = Path(nvcc).resolve().parent.parent
+        ext.define_macros.append(("UNIWORLD_WITH_CUDA", f'"{";".join(archs)}"'))
+        ext.library_dirs += [str(d) for d in (home / "lib64", home / "lib", home / "targets/x86_64-linux/lib") if d.is_dir()]
+        ext.libraries += ["cudart_static", "dl", "rt", "pthread"]
+        return objects
+
+
+def core_extension():
+    from pybind11.setup_helpers import Pybind11Extension
+
+    sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").glob("*.cpp"))
+    return Pybind11Extension(
+        "uniworld.kernels._core",
+        sources,
+        include_dirs=["csrc"],
+        cxx_std=17,
+        extra_compile_args=["-O3", "-fopenmp", "-fno-math-errno"],
+        extra_link_args=["-fopenmp"],
+    )
+
+
+setup(
+    packages=["uniworld", "uniworld.models", "uniworld.checkpoint", "uniworld.data", "uniworld.engine", "uniworld.kernels"],
+    package_dir={"uniworld": "uniworld", "uniworld.engine": "engine", "uniworld.kernels": "kernels"},
+    ext_modules=[core_extension()],
+    cmdclass={"build_ext": BuildCore},
+)
