@@ -39,39 +39,45 @@ def cuda_archs(nvcc: str) -> list[str]:
     return [a for a in archs if f"compute_{a.rstrip('a')}" in known]
 
 
+def cuda_library_dirs(nvcc: str) -> list[str]:
+    """Where the static CUDA runtime lies: below the toolkit that nvcc itself names (it may be a wrapper script)."""
+    lines = subprocess.run([nvcc, "-dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr.splitlines()
+    top = next((Path(line.split("TOP=", 1)[1]) for line in lines if "TOP=" in line), Path(nvcc).resolve().parent.parent)
+    return sorted({str(p.parent) for pattern in ("lib*", "targets/*/lib*") for p in top.glob(f"{pattern}/libcudart_static.a")})
+
+
 class BuildCore(build_ext):
-    """Compiles `csrc/*.cu` with nvcc first, then the C++ sources, and survives the absence of either compiler."""
+    """Compiles `csrc/*.cu` with nvcc first, then the C++ sources; either may fail without failing the install."""
 
     def build_extension(self, ext):
-        ext.extra_objects = self.compile_cuda(ext)
-        try:
-            super().build_extension(ext)
-        except Exception as error:
-            print(f"uniworld: C++ core not built, installing pure Python: {error}", file=sys.stderr)
-
-    def compile_cuda(self, ext) -> list[str]:
         nvcc = find_nvcc()
         if nvcc is None:
             print("uniworld: nvcc not found or UNIWORLD_CUDA=0, building without CUDA sources", file=sys.stderr)
-            return []
-        archs = cuda_archs(nvcc)
-        gencode = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
-        objects = []
-        Path(self.build_temp).mkdir(parents=True, exist_ok=True)
-        for source in cuda_sources():
-            target = str(Path(self.build_temp) / (Path(source).stem + ".cu.o"))
-            command = [nvcc, "-O3", "-std=c++17", "-Xcompiler", "-fPIC", "-cudart", "static", *gencode, "-c", source]
+        elif cuda_sources():
             try:
-                subprocess.run([*command, "-o", target], check=True)
-            except (OSError, subprocess.CalledProcessError) as error:
+                self.add_cuda(ext, nvcc)
+            except (OSError, subprocess.CalledProcessError, RuntimeError) as error:
                 print(f"uniworld: CUDA sources not built: {error}", file=sys.stderr)
-                return []
-            objects.append(target)
-        home = Path(nvcc).resolve().parent.parent
+        super().build_extension(ext)
+
+    def add_cuda(self, ext, nvcc: str) -> None:
+        archs = cuda_archs(nvcc)
+        library_dirs = cuda_library_dirs(nvcc)
+        if not archs or not library_dirs:
+            raise RuntimeError(f"nvcc knows none of the architectures asked for, or has no libcudart_static.a ({archs=})")
+        Path(self.build_temp).mkdir(parents=True, exist_ok=True)
+        objects = [self.compile_cuda(nvcc, archs, source) for source in cuda_sources()]
+        ext.extra_objects = objects
         ext.define_macros.append(("UNIWORLD_WITH_CUDA", f'"{";".join(archs)}"'))
-        ext.library_dirs += [str(d) for d in (home / "lib64", home / "lib", home / "targets/x86_64-linux/lib") if d.is_dir()]
+        ext.library_dirs += library_dirs
         ext.libraries += ["cudart_static", "dl", "rt", "pthread"]
-        return objects
+
+    def compile_cuda(self, nvcc: str, archs: list[str], source: str) -> str:
+        target = str(Path(self.build_temp) / (Path(source).stem + ".cu.o"))
+        gencode = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
+        options = ["-O3", "-std=c++17", "-Xcompiler", "-fPIC", "-cudart", "static"]
+        subprocess.run([nvcc, *options, *gencode, "-c", source, "-o", target], check=True, cwd=ROOT)
+        return target
 
 
 def core_extension():
@@ -85,6 +91,7 @@ def core_extension():
         cxx_std=17,
         extra_compile_args=["-O3", "-fopenmp", "-fno-math-errno"],
         extra_link_args=["-fopenmp"],
+        optional=True,  # a missing compiler leaves a pure-Python install
     )
 
 
