@@ -1,6 +1,8 @@
 """The list of ops that tests and benchmarks walk, and the choice of backend for each call."""
 
+import importlib
 import os
+import pkgutil
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -65,6 +67,15 @@ def register(op: Op) -> None:
     if op.name in OPS:
         raise KeyError(f"op {op.name!r} is registered twice")
     OPS[op.name] = op
+
+
+def load_ops() -> dict[str, Op]:
+    """Import every module of this package, so that each registers its ops; returns `OPS`."""
+    package = importlib.import_module("uniworld.kernels")
+    for module in sorted(m.name for m in pkgutil.iter_modules(package.__path__)):
+        if not module.startswith("_"):
+            importlib.import_module(f"uniworld.kernels.{module}")
+    return OPS
 
 
 def backend_for(x: Tensor, cpp: str | None = None) -> str:

@@ -1,0 +1,147 @@
+"""Every registered op, on every backend that runs here: against fp64, compiled, and through `opcheck`."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from uniworld.kernels import extension
+from uniworld.kernels.registry import INTERPRET, load_ops, use_backend
+
+OPS = load_ops()
+GPU = torch.cuda.is_available()
+
+
+def backends(op):
+    """What can run here apart from the reference; an op without kernels of its own runs as the user would run it."""
+    found = []
+    if op.triton_builds and (GPU or INTERPRET):
+        found.append("triton")
+    if op.cpp and extension.has(op.cpp):
+        found.append("cpp")
+    return found or ["auto"]
+
+
+def device_of(backend):
+    return "cuda" if GPU and backend != "cpp" else "cpu"
+
+
+def map_tensors(function, value):
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, (list, tuple)):
+        return type(value)(map_tensors(function, v) for v in value)
+    return value
+
+
+def fresh_inputs(op, case, dtype, device, cast=None):
+    """The same inputs at each call, with the strides that the op's maker gave them; `cast` is for the fp64 run."""
+    torch.manual_seed(0)
+    inputs = op.make_inputs(**case, dtype=dtype, device=device)
+    if cast:
+        inputs = {k: map_tensors(lambda t: t.to(cast) if t.is_floating_point() else t, v) for k, v in inputs.items()}
+    for name in op.differentiable:
+        if isinstance(inputs[name], Tensor):
+            inputs[name] = inputs[name].detach().requires_grad_()
+    return inputs
+
+
+def run(op, fn, inputs):
+    """Named outputs and gradients of `fn`, for the same random output gradients each time."""
+    out = fn(**inputs)
+    outputs = list(out) if isinstance(out, (tuple, list)) else [out]
+    assert all(isinstance(o, Tensor) for o in outputs), f"{op.name} must return a tensor or a tuple of tensors"
+    results = {f"output {i}": o.detach() for i, o in enumerate(outputs)}
+    names = [n for n in op.differentiable if isinstance(inputs[n], Tensor)]
+    if names:
+        generator = torch.Generator().manual_seed(1)
+        pairs = [(o, torch.randn(o.shape, generator=generator)) for o in outputs]
+        pairs = [(o, d.to(o.device, o.dtype)) for o, d in pairs if o.requires_grad]
+        grads = torch.autograd.grad([o for o, _ in pairs], [inputs[n] for n in names], [d for _, d in pairs])
+        results |= {f"gradient of {n}": g for n, g in zip(names, grads)}
+    return results
+
+
+def allowed_error(truth, plain, ours, backend):
+    """Twice plain torch's own error, and one unit in the last place of the largest value.
+
+    Triton's interpreter truncates where a GPU rounds when it stores bf16: one unit more, there only.
+    """
+    units = 2 if backend == "triton" and not GPU and ours.dtype == torch.bfloat16 else 1
+    return 2 * (plain.double() - truth).abs().max() + units * torch.finfo(ours.dtype).eps * truth.abs().max()
+
+
+def case_id(case):
+    return "_".join(f"{k}{v}" for k, v in case.items())
+
+
+CASES = [
+    pytest.param(op, case, dtype, backend, id=f"{op.name}-{case_id(case)}-{str(dtype)[6:]}-{backend}")
+    for op in OPS.values()
+    for case in op.cases
+    for dtype in (torch.float32, torch.bfloat16)
+    for backend in backends(op)
+]
+EACH = [pytest.param(op, backend, id=f"{op.name}-{backend}") for op in OPS.values() for backend in backends(op)]
+
+
+@pytest.mark.parametrize("op,case,dtype,backend", CASES)
+def test_matches_fp64(op, case, dtype, backend):
+    device = device_of(backend)
+    truth = run(op, op.reference, fresh_inputs(op, case, dtype, device, cast=torch.float64))
+    plain = run(op, op.reference, fresh_inputs(op, case, dtype, device))
+    with use_backend(backend):
+        ours = run(op, op.fn, fresh_inputs(op, case, dtype, device))
+    assert ours.keys() == truth.keys()
+    for name, result in ours.items():
+        assert result.shape == truth[name].shape, name
+        if result.numel() == 0:
+            continue
+        error = (result.double() - truth[name]).abs().max()
+        bound = allowed_error(truth[name], plain[name], result, backend)
+        assert error <= bound, f"{name}: error {error:.3e} > {bound:.3e}"
+
+
+@pytest.mark.parametrize("op,backend", EACH)
+def test_compiles_without_graph_break(op, backend):
+    torch._dynamo.reset()
+    case, device = op.cases[-1], device_of(backend)
+    with use_backend(backend):
+        compiled = torch.compile(op.fn, fullgraph=True, backend="aot_eager")
+        ours = run(op, compiled, fresh_inputs(op, case, torch.float32, device))
+        eager = run(op, op.fn, fresh_inputs(op, case, torch.float32, device))
+    for name in eager:
+        torch.testing.assert_close(ours[name], eager[name], msg=lambda m, name=name: f"{name}: {m}")
+
+
+class RecordCustomOps(TorchDispatchMode):
+    """Keeps each call of one of our custom ops, with copies of its arguments."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func.namespace == "uniworld":
+            copies = {k: map_tensors(copy_leaf, v) for k, v in kwargs.items()}
+            self.calls.append((func, map_tensors(copy_leaf, args), copies))
+        return func(*args, **kwargs)
+
+
+def copy_leaf(tensor):
+    """A copy with equal strides that requires gradients where the tensor did."""
+    copy = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+    return copy.copy_(tensor.detach()).requires_grad_(tensor.requires_grad)
+
+
+@pytest.mark.parametrize("op,backend", EACH)
+def test_opcheck(op, backend):
+    with use_backend(backend):
+        with RecordCustomOps() as record:
+            run(op, op.fn, fresh_inputs(op, op.cases[-1], torch.float32, device_of(backend)))
+        if not record.calls and backend == "auto":
+            pytest.skip(f"{op.name} has no custom op")
+        assert record.calls, f"{op.name} ran none of its custom ops on {backend}"
+        for func, args, kwargs in record.calls:
+            torch.library.opcheck(func, args, kwargs)
