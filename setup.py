@@ -41,9 +41,11 @@ def cuda_archs(nvcc: str) -> list[str]:
 
 def cuda_library_dirs(nvcc: str) -> list[str]:
     """Where the static CUDA runtime lies: below the toolkit that nvcc itself names (it may be a wrapper script)."""
-    lines = subprocess.run([nvcc, "-dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr.splitlines()
-    top = next((Path(line.split("TOP=", 1)[1]) for line in lines if "TOP=" in line), Path(nvcc).resolve().parent.parent)
-    return sorted({str(p.parent) for pattern in ("lib*", "targets/*/lib*") for p in top.glob(f"{pattern}/libcudart_static.a")})
+    dry_run = subprocess.run([nvcc, "-dryrun", "-x", "cu", os.devnull], capture_output=True, text=True)
+    tops = [Path(line.split("TOP=", 1)[1]) for line in dry_run.stderr.splitlines() if "TOP=" in line]
+    top = tops[0] if tops else Path(nvcc).resolve().parent.parent
+    found = [*top.glob("lib*/libcudart_static.a"), *top.glob("targets/*/lib*/libcudart_static.a")]
+    return sorted({str(path.parent) for path in found})
 
 
 class BuildCore(build_ext):
@@ -64,7 +66,7 @@ class BuildCore(build_ext):
         archs = cuda_archs(nvcc)
         library_dirs = cuda_library_dirs(nvcc)
         if not archs or not library_dirs:
-            raise RuntimeError(f"nvcc knows none of the architectures asked for, or has no libcudart_static.a ({archs=})")
+            raise RuntimeError(f"nvcc has no libcudart_static.a, or knows none of the architectures {archs}")
         Path(self.build_temp).mkdir(parents=True, exist_ok=True)
         objects = [self.compile_cuda(nvcc, archs, source) for source in cuda_sources()]
         ext.extra_objects = objects
@@ -95,8 +97,10 @@ def core_extension():
     )
 
 
+PACKAGES = ["uniworld", "uniworld.models", "uniworld.checkpoint", "uniworld.data", "uniworld.engine", "uniworld.kernels"]
+
 setup(
-    packages=["uniworld", "uniworld.models", "uniworld.checkpoint", "uniworld.data", "uniworld.engine", "uniworld.kernels"],
+    packages=PACKAGES,
     package_dir={"uniworld": "uniworld", "uniworld.engine": "engine", "uniworld.kernels": "kernels"},
     ext_modules=[core_extension()],
     cmdclass={"build_ext": BuildCore},

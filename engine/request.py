@@ -1,0 +1,139 @@
+"""What travels through the engine, and which room fills which field.
+
+    Request   made by the caller, never changed afterwards
+    Job       made by `Engine.submit`; the conditioner, denoiser and decoder each fill their fields
+    Result    made by `Engine.step` from a finished job
+"""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+
+from PIL import Image
+from torch import Tensor
+
+from uniworld.models.conditioning import Conditioning
+from uniworld.models.flow import TOKEN_PX
+
+MAX_SIDE_PX = 4096
+MAX_STEPS = 1000
+MAX_IMAGES = 8
+_ids = count()
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One earlier message of a conversation: what was said, and the images shown or drawn in it."""
+
+    role: str
+    text: str
+    images: tuple[Image.Image, ...] = ()
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """Handed to `on_step` after each step; returning False from the callback cancels the request."""
+
+    step: int
+    num_inference_steps: int
+    sigma: float
+    latents: Tensor  # packed [1, L, C] fp32, this request's only
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One picture to draw. None means the default that the specification gives.
+
+    height, width: pixels, multiples of 16; None takes the nearest of 11 aspect ratios of the first reference image
+    (square without one) at the model's area. true_cfg_scale above 1 runs a second pass with `negative_prompt`.
+    use_t5: None uses T5 where it is loaded. pooled_prompt: text for CLIP; None is the prompt when T5 is used, else "".
+    latents: packed initial noise [1, L, C] instead of the seed's. system: a system turn, none by default.
+    """
+
+    prompt: str
+    images: Sequence[Image.Image] = ()
+    history: Sequence[Turn] = ()
+    system: str | None = None
+    height: int | None = None
+    width: int | None = None
+    num_inference_steps: int = 28
+    guidance_scale: float = 3.5
+    true_cfg_scale: float = 1.0
+    negative_prompt: str | None = None
+    seed: int | None = None
+    latents: Tensor | None = None
+    use_t5: bool | None = None
+    pooled_prompt: str | None = None
+    vae_tiling: bool = False
+    on_step: Callable[[StepInfo], bool | None] | None = None
+
+    def __post_init__(self):
+        if not isinstance(self.prompt, str):
+            raise ValueError(f"prompt={self.prompt!r}: must be text")
+        if not 1 <= self.num_inference_steps <= MAX_STEPS:
+            raise ValueError(f"num_inference_steps={self.num_inference_steps}: must be from 1 to {MAX_STEPS}")
+        for name in ("height", "width"):
+            check_side(name, getattr(self, name))
+        if (self.height is None) != (self.width is None):
+            raise ValueError(f"height={self.height}, width={self.width}: give both, or neither")
+        if len(self.images) > MAX_IMAGES:
+            raise ValueError(f"images: {len(self.images)} given, at most {MAX_IMAGES} are allowed")
+        if not 0 <= self.guidance_scale <= 100:
+            raise ValueError(f"guidance_scale={self.guidance_scale}: must be from 0 to 100")
+        if not 1 <= self.true_cfg_scale <= 100:
+            raise ValueError(f"true_cfg_scale={self.true_cfg_scale}: must be from 1 (off) to 100")
+        if self.negative_prompt is not None and self.true_cfg_scale == 1:
+            raise ValueError("negative_prompt: only has an effect with true_cfg_scale above 1")
+        if self.seed is not None and not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed={self.seed}: must be from 0 to 2**63 - 1")
+
+
+def check_side(name: str, value: int | None) -> None:
+    """Raise unless `value` is None or a side length the DiT can draw."""
+    if value is None:
+        return
+    if value % TOKEN_PX or not TOKEN_PX <= value <= MAX_SIDE_PX:
+        raise ValueError(f"{name}={value}: must be a multiple of {TOKEN_PX} from {TOKEN_PX} to {MAX_SIDE_PX}")
+
+
+@dataclass(kw_only=True)
+class Job:
+    """A request on its way. `height`, `width`, `seed` are the resolved ones."""
+
+    request: Request
+    height: int
+    width: int
+    seed: int
+    id: int = field(default_factory=lambda: next(_ids))
+    conditioning: Conditioning | None = None  # conditioner
+    negative: Conditioning | None = None  # conditioner, with true CFG only
+    latents: Tensor | None = None  # denoiser, packed [1, L, C] fp32
+    image: Image.Image | None = None  # decoder
+    cancelled: bool = False
+    timings: dict[str, float] = field(default_factory=dict)  # seconds by room
+
+    @property
+    def batch_key(self) -> tuple:
+        """Jobs with equal keys may share a batch."""
+        request = self.request
+        return self.height, self.width, request.num_inference_steps, request.true_cfg_scale, request.vae_tiling
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """A finished request. `images` is empty where it was cancelled. `timings` are seconds by room."""
+
+    images: list[Image.Image]
+    latents: Tensor | None
+    timings: dict[str, float]
+    seed: int
+    height: int
+    width: int
+    num_inference_steps: int
+    cancelled: bool = False
+
+
+def draw_seed(seed: int | None) -> int:
+    """The seed given, or a fresh one that the result reports."""
+    return random.getrandbits(32) if seed is None else seed

@@ -1,0 +1,188 @@
+"""The two kinds of block of the FLUX DiT, on the fused ops.
+
+A block receives its streams already normalized and modulated, and returns its last update without adding it:
+the residual add and gate are fused with the norm and modulation of whatever comes next (`FluxTransformer.denoise`).
+
+Letters: B batch, L tokens of one stream, S tokens of the joint sequence (image first), D channels, H heads.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from uniworld.kernels.gate_residual import gate_residual_adaln
+from uniworld.kernels.gelu_linear import gelu_linear
+from uniworld.kernels.joint_attention import joint_attention
+from uniworld.kernels.qk_norm_rope import qk_norm_rope
+
+
+class Rope(NamedTuple):
+    """Rotary tables of the image tokens, each [L_img, head_dim / 2] fp32; text tokens are not rotated."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+class Modulation(NamedTuple):
+    """One adaLN triple, each [B, D]: normed * (1 + scale) + shift goes in, gate scales what comes out."""
+
+    shift: Tensor
+    scale: Tensor
+    gate: Tensor
+
+
+class AttentionPlan(NamedTuple):
+    """What every attention call of a pass shares: the tables, the valid lengths and the backend."""
+
+    rope: Rope
+    lengths: tuple[int, ...] | None
+    backend: str
+
+
+class AdaLinear(nn.Module):
+    """Holds the linear that makes a block's modulation (diffusers' `norm1`, `norm`, `norm_out`)."""
+
+    def __init__(self, dim: int, num_chunks: int):
+        super().__init__()
+        self.linear = nn.Linear(dim, num_chunks * dim)
+
+
+class RMSScale(nn.Module):
+    """The learned scale of an RMSNorm over the head channels; the norm itself is inside `qk_norm_rope`."""
+
+    def __init__(self, head_dim: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(head_dim))
+
+
+class JointAttention(nn.Module):
+    """Projections of a double block: image (`to_*`) and text (`add_*`) streams, q, k and v fused by rows."""
+
+    def __init__(self, dim: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        head_dim = dim // num_heads
+        self.norm_q, self.norm_k = RMSScale(head_dim), RMSScale(head_dim)
+        self.norm_added_q, self.norm_added_k = RMSScale(head_dim), RMSScale(head_dim)
+        self.to_qkv = nn.Linear(dim, 3 * dim)
+        self.add_qkv_proj = nn.Linear(dim, 3 * dim)
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
+        self.to_add_out = nn.Linear(dim, dim)
+
+    def forward(self, img: Tensor, txt: Tensor, plan: AttentionPlan) -> tuple[Tensor, Tensor]:
+        """Normalized streams [B, L_img, D], [B, L_txt, D] -> their attention updates, same shapes."""
+        q, k, v = qk_norm_rope(
+            self.to_qkv(img),
+            self.norm_q.weight,
+            self.norm_k.weight,
+            plan.rope.cos,
+            plan.rope.sin,
+            self.add_qkv_proj(txt),
+            self.norm_added_q.weight,
+            self.norm_added_k.weight,
+            num_heads=self.num_heads,
+        )
+        joint = joint_attention(q, k, v, lengths=plan.lengths, backend=plan.backend).flatten(2)
+        num_img = img.shape[1]
+        return self.to_out[0](joint[:, :num_img]), self.to_add_out(joint[:, num_img:])
+
+
+class SingleAttention(nn.Module):
+    """Projections of a single block over the joint sequence; its output projection is the block's `proj_out`."""
+
+    def __init__(self, dim: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.norm_q, self.norm_k = RMSScale(dim // num_heads), RMSScale(dim // num_heads)
+        self.to_qkv = nn.Linear(dim, 3 * dim)
+
+    def forward(self, x: Tensor, plan: AttentionPlan) -> Tensor:
+        """Normalized joint sequence [B, S, D] -> attention output before its projection [B, S, D]."""
+        q, k, v = qk_norm_rope(
+            self.to_qkv(x),
+            self.norm_q.weight,
+            self.norm_k.weight,
+            plan.rope.cos,
+            plan.rope.sin,
+            num_heads=self.num_heads,
+        )
+        return joint_attention(q, k, v, lengths=plan.lengths, backend=plan.backend).flatten(2)
+
+
+class GELUProjection(nn.Module):
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        self.proj = nn.Linear(dim, hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return gelu_linear(x, self.proj.weight, self.proj.bias)
+
+
+class FeedForward(nn.Module):
+    """Linear, tanh-GELU, Linear; `net.1` is the dropout of diffusers' layout, which holds nothing."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.net = nn.ModuleList([GELUProjection(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net[2](self.net[0](x))
+
+
+class DoubleBlock(nn.Module):
+    """Image and text streams with weights of their own, joined in attention (MM-DiT)."""
+
+    num_modulations = 12  # two triples for the image stream, then two for the text stream
+
+    def __init__(self, dim: int, num_heads: int):
+        super().__init__()
+        self.norm1 = AdaLinear(dim, 6)
+        self.norm1_context = AdaLinear(dim, 6)
+        self.attn = JointAttention(dim, num_heads)
+        self.ff = FeedForward(dim)
+        self.ff_context = FeedForward(dim)
+
+    def forward(
+        self,
+        img: Tensor,
+        txt: Tensor,
+        img_normed: Tensor,
+        txt_normed: Tensor,
+        modulation: tuple[Modulation, Modulation, Modulation, Modulation],
+        plan: AttentionPlan,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """One block up to, and without, its last gated add.
+
+        Args:
+            img, txt: residual streams [B, L_img, D], [B, L_txt, D].
+            img_normed, txt_normed: the same, normalized and modulated by the first and third triple.
+            modulation: (image attention, image MLP, text attention, text MLP).
+
+        Returns: (img, txt, img_update, txt_update); the caller adds `gate * update`.
+        """
+        img_attn_mod, img_mlp_mod, txt_attn_mod, txt_mlp_mod = modulation
+        img_attn, txt_attn = self.attn(img_normed, txt_normed, plan)
+        img, img_normed = gate_residual_adaln(img, img_attn, img_attn_mod.gate, img_mlp_mod.scale, img_mlp_mod.shift)
+        txt, txt_normed = gate_residual_adaln(txt, txt_attn, txt_attn_mod.gate, txt_mlp_mod.scale, txt_mlp_mod.shift)
+        return img, txt, self.ff(img_normed), self.ff_context(txt_normed)
+
+
+class SingleBlock(nn.Module):
+    """Attention and MLP in parallel over the joint sequence (ViT-22B style)."""
+
+    num_modulations = 3
+
+    def __init__(self, dim: int, num_heads: int):
+        super().__init__()
+        self.norm = AdaLinear(dim, 3)
+        self.attn = SingleAttention(dim, num_heads)
+        self.proj_mlp = nn.Linear(dim, 4 * dim)
+        self.proj_out = nn.Linear(5 * dim, dim)
+
+    def forward(self, normed: Tensor, plan: AttentionPlan) -> Tensor:
+        """Normalized joint sequence [B, S, D] -> the block's update [B, S, D]; the caller adds `gate * update`."""
+        attn = self.attn(normed, plan)
+        mlp = gelu_linear(normed, self.proj_mlp.weight, self.proj_mlp.bias)
+        return F.linear(torch.cat([attn, mlp], dim=-1), self.proj_out.weight, self.proj_out.bias)

@@ -1,0 +1,235 @@
+"""The FLUX.1 diffusion transformer, on the fused ops.
+
+Parameter names are those of diffusers' `FluxTransformer2DModel`, except that q, k and v are fused by rows
+(`attn.to_qkv`, `attn.add_qkv_proj`). Names `img, txt, vec, pe` follow black-forest-labs/flux.
+
+Letters: B batch, N sampling steps, L tokens of a stream, D channels.
+"""
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from uniworld.kernels.adaln_modulate import adaln_modulate
+from uniworld.kernels.gate_residual import gate_residual, gate_residual_adaln
+from uniworld.models.blocks import AdaLinear, AttentionPlan, DoubleBlock, Modulation, Rope, SingleBlock
+
+ROPE_THETA = 10_000
+TIME_FACTOR = 1000.0  # the model is given sigma in [0, 1] and embeds 1000 * sigma
+SINUSOID_DIM = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class FluxConfig:
+    """Sizes of the DiT, named as in diffusers' `transformer/config.json`; the defaults are FLUX.1-dev."""
+
+    in_channels: int = 64
+    num_layers: int = 19
+    num_single_layers: int = 38
+    attention_head_dim: int = 128
+    num_attention_heads: int = 24
+    joint_attention_dim: int = 4096
+    pooled_projection_dim: int = 768
+    guidance_embeds: bool = True
+    axes_dims_rope: tuple[int, ...] = (16, 56, 56)
+    out_channels: int | None = None
+
+    def __post_init__(self):
+        if sum(self.axes_dims_rope) != self.attention_head_dim:
+            raise ValueError(
+                f"axes_dims_rope={self.axes_dims_rope}: must sum to attention_head_dim={self.attention_head_dim}"
+            )
+        for name in ("num_layers", "num_single_layers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+
+    @property
+    def dim(self) -> int:
+        return self.num_attention_heads * self.attention_head_dim
+
+    @property
+    def num_modulations(self) -> int:
+        """Vectors of width D that one pass is modulated by."""
+        double, single = DoubleBlock.num_modulations, SingleBlock.num_modulations
+        return self.num_layers * double + self.num_single_layers * single + 2
+
+    @classmethod
+    def from_dict(cls, config: dict[str, Any]) -> "FluxConfig":
+        """From diffusers' config; keys that start with "_" and `patch_size` (which must be 1) are not sizes of ours."""
+        if config.get("patch_size", 1) != 1:
+            raise ValueError(f"patch_size={config['patch_size']}: must be 1, latents are packed before the DiT")
+        known = {f.name for f in fields(cls)}
+        picked = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in known}
+        return cls(**picked)
+
+
+class MLPEmbedder(nn.Module):
+    """Linear, SiLU, Linear from a conditioning vector to D."""
+
+    def __init__(self, in_dim: int, dim: int):
+        super().__init__()
+        self.linear_1 = nn.Linear(in_dim, dim)
+        self.linear_2 = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_2(F.silu(self.linear_1(x)))
+
+
+class TimeTextEmbed(nn.Module):
+    """Sum of the embeddings of timestep, guidance and pooled text."""
+
+    def __init__(self, config: FluxConfig):
+        super().__init__()
+        self.timestep_embedder = MLPEmbedder(SINUSOID_DIM, config.dim)
+        if config.guidance_embeds:
+            self.guidance_embedder = MLPEmbedder(SINUSOID_DIM, config.dim)
+        self.text_embedder = MLPEmbedder(config.pooled_projection_dim, config.dim)
+
+    def forward(self, timestep: Tensor, guidance: Tensor | None, pooled: Tensor) -> Tensor:
+        """timestep [..., B] or [N, 1], guidance [B] and pooled [B, P] -> vec, broadcast to [..., B, D]."""
+        vec = self.timestep_embedder(sinusoid(timestep).to(pooled.dtype)) + self.text_embedder(pooled)
+        if guidance is not None:
+            vec = vec + self.guidance_embedder(sinusoid(guidance).to(pooled.dtype))
+        return vec
+
+
+def sinusoid(t: Tensor) -> Tensor:
+    """cos and sin of 1000 t at 128 frequencies: [...] -> [..., 256], in fp32 (fp64 stays fp64)."""
+    t = t if t.dtype == torch.float64 else t.float()
+    half = SINUSOID_DIM // 2
+    freqs = torch.exp(-math.log(10_000) * torch.arange(half, dtype=t.dtype, device=t.device) / half)
+    angles = TIME_FACTOR * t[..., None] * freqs
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class FluxTransformer(nn.Module):
+    """FLUX.1 DiT: `forward` is one prediction; samplers call its pieces so as to prepare a request once.
+
+    A request is prepared by `embed_txt`, `modulation` (all steps in one table) and `rope`; each step is `denoise`.
+    """
+
+    def __init__(self, config: FluxConfig):
+        super().__init__()
+        self.config = config
+        self.attention_backend = "auto"
+        dim, heads = config.dim, config.num_attention_heads
+        self.x_embedder = nn.Linear(config.in_channels, dim)
+        self.context_embedder = nn.Linear(config.joint_attention_dim, dim)
+        self.time_text_embed = TimeTextEmbed(config)
+        self.transformer_blocks = nn.ModuleList(DoubleBlock(dim, heads) for _ in range(config.num_layers))
+        self.single_transformer_blocks = nn.ModuleList(SingleBlock(dim, heads) for _ in range(config.num_single_layers))
+        self.norm_out = AdaLinear(dim, 2)
+        self.proj_out = nn.Linear(dim, config.out_channels or config.in_channels)
+
+    def forward(
+        self,
+        img: Tensor,
+        txt: Tensor,
+        pooled: Tensor,
+        timestep: Tensor,
+        guidance: Tensor | None,
+        img_ids: Tensor,
+        txt_lengths: tuple[int, ...] | None = None,
+    ) -> Tensor:
+        """Predict the velocity eps - x.
+
+        Args:
+            img: packed noisy latents [B, L_img, in_channels].
+            txt: text-side states [B, L_txt, joint_attention_dim], padded on the right.
+            pooled: pooled text [B, pooled_projection_dim].
+            timestep: sigma in [0, 1], [B].
+            guidance: guidance scale [B]; None where the model has no guidance embedding.
+            img_ids: rope positions [L_img, len(axes_dims_rope)].
+            txt_lengths: valid text tokens of each sample, None where there is no padding.
+
+        Returns: [B, L_img, out_channels].
+        """
+        modulation = self.modulation(timestep, guidance, pooled)
+        return self.denoise(img, self.embed_txt(txt), modulation, self.rope(img_ids), txt_lengths)
+
+    def embed_txt(self, txt: Tensor) -> Tensor:
+        """[B, L_txt, joint_attention_dim] -> [B, L_txt, D]; the same for every step of a request."""
+        return self.context_embedder(txt)
+
+    def modulation(self, timestep: Tensor, guidance: Tensor | None, pooled: Tensor) -> Tensor:
+        """All adaLN vectors: they depend on timestep, guidance and pooled text only, so one table serves a request.
+
+        Args:
+            timestep: [B] for one pass, or [N, 1] for all N steps of a request.
+            guidance: [B] or None; pooled: [B, P].
+
+        Returns: [B, num_modulations * D], or [N, B, num_modulations * D]; row n is what `denoise` takes.
+        """
+        if (guidance is None) == self.config.guidance_embeds:
+            state = "is required" if guidance is None else "must be None"
+            raise ValueError(f"guidance {state}: the checkpoint's guidance_embeds is {self.config.guidance_embeds}")
+        vec = F.silu(self.time_text_embed(timestep, guidance, pooled))
+        linears = [linear for b in self.transformer_blocks for linear in (b.norm1.linear, b.norm1_context.linear)]
+        linears += [b.norm.linear for b in self.single_transformer_blocks]
+        return torch.cat([linear(vec) for linear in (*linears, self.norm_out.linear)], dim=-1)
+
+    def rope(self, img_ids: Tensor) -> Rope:
+        """Rotary tables of the positions img_ids [L_img, axes]: angles in fp64, tables in fp32."""
+        angles = []
+        for axis, dim in enumerate(self.config.axes_dims_rope):
+            exponents = torch.arange(0, dim, 2, dtype=torch.float64, device=img_ids.device) / dim
+            angles.append(img_ids[:, axis, None].double() * ROPE_THETA**-exponents)
+        joined = torch.cat(angles, dim=-1)
+        return Rope(joined.cos().float(), joined.sin().float())
+
+    def denoise(
+        self, img: Tensor, txt: Tensor, modulation: Tensor, pe: Rope, txt_lengths: tuple[int, ...] | None = None
+    ) -> Tensor:
+        """One pass over prepared inputs.
+
+        Args:
+            img: packed noisy latents [B, L_img, in_channels].
+            txt: from `embed_txt` [B, L_txt, D]; modulation: one row of the table [B, num_modulations * D].
+            pe: from `rope`; txt_lengths: as in `forward`.
+
+        Returns: velocity [B, L_img, out_channels].
+        """
+        num_img = img.shape[1]
+        lengths = None if txt_lengths is None else tuple(num_img + n for n in txt_lengths)
+        plan = AttentionPlan(pe, lengths, self.attention_backend)
+        doubles, singles, (out_scale, out_shift) = self._split(modulation)
+
+        x = self._double_blocks(self.x_embedder(img), txt, doubles, plan)
+        return self._single_blocks(x, singles, out_scale, out_shift, plan, num_img)
+
+    def _split(self, modulation: Tensor):
+        """Views of one row of the table: 4 triples a double block, 1 a single block, (scale, shift) of the output."""
+        vectors = modulation.split(self.config.dim, dim=-1)
+        triples = [Modulation(*vectors[i : i + 3]) for i in range(0, len(vectors) - 2, 3)]
+        num_double = 4 * self.config.num_layers
+        doubles = [tuple(triples[i : i + 4]) for i in range(0, num_double, 4)]
+        return doubles, triples[num_double:], vectors[-2:]
+
+    def _double_blocks(self, img: Tensor, txt: Tensor, modulations, plan: AttentionPlan) -> Tensor:
+        """Run the double blocks and join the streams, image first: [B, L_img + L_txt, D]."""
+        img_normed = adaln_modulate(img, modulations[0][0].scale, modulations[0][0].shift)
+        txt_normed = adaln_modulate(txt, modulations[0][2].scale, modulations[0][2].shift)
+        for i, block in enumerate(self.transformer_blocks):
+            _, img_mlp, _, txt_mlp = modulations[i]
+            img, txt, img_update, txt_update = block(img, txt, img_normed, txt_normed, modulations[i], plan)
+            if i + 1 < len(self.transformer_blocks):
+                img_next, _, txt_next, _ = modulations[i + 1]
+                img, img_normed = gate_residual_adaln(img, img_update, img_mlp.gate, img_next.scale, img_next.shift)
+                txt, txt_normed = gate_residual_adaln(txt, txt_update, txt_mlp.gate, txt_next.scale, txt_next.shift)
+        img = gate_residual(img, img_update, img_mlp.gate)
+        return torch.cat([img, gate_residual(txt, txt_update, txt_mlp.gate)], dim=1)
+
+    def _single_blocks(self, x: Tensor, modulations, out_scale, out_shift, plan: AttentionPlan, num_img: int) -> Tensor:
+        """Run the single blocks and the output head on the image rows: [B, L_img, out_channels]."""
+        normed = adaln_modulate(x, modulations[0].scale, modulations[0].shift)
+        for i, block in enumerate(self.single_transformer_blocks):
+            update, gate = block(normed, plan), modulations[i].gate
+            if i + 1 < len(self.single_transformer_blocks):
+                x, normed = gate_residual_adaln(x, update, gate, modulations[i + 1].scale, modulations[i + 1].shift)
+        x, update = x[:, :num_img], update[:, :num_img]
+        _, normed = gate_residual_adaln(x, update, gate, out_scale, out_shift)
+        return self.proj_out(normed)
