@@ -1,6 +1,7 @@
 """The list of ops that tests and benchmarks walk, and the choice of backend for each call."""
 
 import importlib
+import inspect
 import os
 import pkgutil
 from collections.abc import Callable
@@ -15,7 +16,8 @@ from uniworld.kernels import extension
 
 BACKENDS = ("triton", "cpp", "torch")
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-KERNEL_DTYPES = (torch.float32, torch.bfloat16)
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}  # `DType` of csrc/core.h
+KERNEL_DTYPES = tuple(DTYPE_CODES)
 
 _forced = os.environ.get("UNIWORLD_KERNELS", "auto")
 if _forced not in ("auto", *BACKENDS):
@@ -35,6 +37,31 @@ class TritonBuild:
     constexprs: dict[str, Any]
     num_warps: int = 4
     num_stages: int = 3
+
+
+def triton_build(
+    kernel: Any,
+    constexprs: dict[str, Any],
+    *,
+    element: str = "*bf16",
+    fp32: tuple[str, ...] = (),
+    num_warps: int = 4,
+    num_stages: int = 3,
+) -> TritonBuild:
+    """A `TritonBuild` whose signature follows from the kernel's argument names.
+
+    Names ending in `_ptr` point to `element`, or to fp32 where listed; `constexprs` are compile-time; others are i32.
+    """
+
+    def kind(name: str) -> str:
+        if name in constexprs:
+            return "constexpr"
+        return "i32" if not name.endswith("_ptr") else "*fp32" if name in fp32 else element
+
+    signature = {name: kind(name) for name in inspect.signature(kernel.fn).parameters}
+    return TritonBuild(
+        kernel=kernel, signature=signature, constexprs=constexprs, num_warps=num_warps, num_stages=num_stages
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +125,28 @@ def backend_for(x: Tensor, cpp: str | None = None) -> str:
     if x.is_cuda:
         return "triton"
     return "cpp" if can_cpp else "torch"
+
+
+def uses_cpp(x: Tensor, cpp: str) -> bool:
+    """Inside a custom op: true for the C++ core, false for Triton.
+
+    The public functions send the "torch" backend to the reference, so it arrives here only when a recorded call (a
+    backward pass, a compiled graph) outlives the choice under which it was made.
+    """
+    backend = backend_for(x, cpp)
+    if backend == "torch":
+        raise RuntimeError(f"{cpp}: recorded with kernels, cannot run with the torch backend on {x.device}")
+    return backend == "cpp"
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """`x` with a contiguous last dimension; a copy only where it is not."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def forced_backend() -> str:
+    """The backend that `UNIWORLD_KERNELS` or `use_backend` forces, or "auto"."""
+    return _forced
 
 
 @contextmanager
