@@ -2,6 +2,10 @@
 
 from types import ModuleType
 
+import torch
+
+HAS_ONEDNN = torch.backends.mkldnn.is_available()
+
 try:
     from uniworld.kernels import _core
 except ImportError as error:
@@ -17,5 +21,10 @@ def core() -> ModuleType | None:
 
 
 def has(function: str) -> bool:
-    """True where the core was built with this function (`ema_update_cuda` only exists in builds with nvcc)."""
+    """True where the core was built with this function (`ema_update_cuda` only exists in builds with nvcc).
+
+    "onednn" stands for the GEMMs of torch's own oneDNN, the C++ version of the GEMM-shaped ops on the CPU.
+    """
+    if function == "onednn":
+        return HAS_ONEDNN
     return _core is not None and hasattr(_core, function)
