@@ -16,15 +16,12 @@ import triton.language as tl
 from torch import Tensor
 
 from uniworld.kernels import extension, registry
-from uniworld.kernels.registry import Op, TritonBuild, register
+from uniworld.kernels.registry import DTYPE_CODES, Op, TritonBuild, register
 
 CHUNK = 16384  # elements a program or block takes; 94 M parameters make 5,760 chunks
 BLOCK = 4096
 NUM_WARPS = 8
-# The dtype codes of csrc/core.h; with ALIGNED they are the flags of a chunk, as in csrc/ema_update.h.
-SOURCE_FP32 = 0
-SOURCE_BF16 = 1
-ALIGNED = 2
+ALIGNED = 2  # with the dtype code of the source, the flags of a chunk: see csrc/ema_update.h
 USE_CUDA_CORE = os.environ.get("UNIWORLD_EMA_CUDA", "1") != "0"
 
 
@@ -129,7 +126,7 @@ def _chunk_table(device, ema_addresses, source_addresses, counts, dtype_codes) -
         start = torch.arange(0, count, CHUNK, dtype=torch.int64)
         size = (count - start).clamp(max=CHUNK)
         aligned = (size % 16 == 0) & (ema % 16 == 0 and source % 16 == 0)
-        source_bytes = 2 if code == SOURCE_BF16 else 4
+        source_bytes = 2 if code == DTYPE_CODES[torch.bfloat16] else 4
         rows.append(torch.stack([ema + 4 * start, source + source_bytes * start, size, code + ALIGNED * aligned], 1))
     return torch.cat(rows).to(device)
 
@@ -141,7 +138,7 @@ def _update_op(ema: list[Tensor], source: list[Tensor], decay: float) -> None:
         return _update_torch(ema, source, decay)
     addresses = tuple(e.data_ptr() for e in ema), tuple(s.data_ptr() for s in source)
     counts = tuple(e.numel() for e in ema)
-    dtype_codes = tuple(SOURCE_BF16 if s.dtype == torch.bfloat16 else SOURCE_FP32 for s in source)
+    dtype_codes = tuple(DTYPE_CODES[s.dtype] for s in source)
     if implementation == "cpp":
         return extension.core().ema_update(*addresses, counts, dtype_codes, 1 - decay)
     table = _chunk_table(device, *addresses, counts, dtype_codes)
