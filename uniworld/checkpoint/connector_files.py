@@ -1,0 +1,49 @@
+"""Connectors exported by the authors' training stages: `denoise_projector.bin`, `siglip_projector.bin`."""
+
+import pickle
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+EXPORTS = ("denoise_projector", "siglip_projector")
+
+
+def read_connector(path: Path, part: str) -> dict[str, Tensor]:
+    """The tensors `0.weight, 0.bias, 2.weight, 2.bias` of an export, whatever prefix its keys have.
+
+    Raises:
+        ValueError: not a torch file of plain tensors, or other keys in it.
+    """
+    try:
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        raise ValueError(f"{path}: no torch file of plain tensors ({str(error).splitlines()[0]})") from None
+    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise ValueError(f"{path}: holds no tensors by name")
+    return {key.rpartition(f"{part}.")[2]: value for key, value in weights.items()}
+
+
+def override_connectors(connectors: dict[str, nn.Module], folder: Path) -> None:
+    """Put the exports that `folder` holds in place of the connectors' weights.
+
+    Raises:
+        FileNotFoundError: the folder holds none.
+        ValueError: keys or shapes do not fit.
+    """
+    found = [part for part in EXPORTS if (folder / f"{part}.bin").is_file()]
+    if not found:
+        raise FileNotFoundError(f"connectors={folder}: holds neither {' nor '.join(f'{p}.bin' for p in EXPORTS)}")
+    for part in found:
+        path = folder / f"{part}.bin"
+        weights, parameters = read_connector(path, part), dict(connectors[part].named_parameters())
+        if set(weights) != set(parameters):
+            raise ValueError(f"{path}: holds {sorted(weights)}, must be {sorted(parameters)}")
+        for name, parameter in parameters.items():
+            if weights[name].shape != parameter.shape:
+                shapes = f"{list(weights[name].shape)}, must be {list(parameter.shape)}"
+                raise ValueError(f"{path}: shape of {name} is {shapes}")
+            if not weights[name].is_floating_point():
+                raise ValueError(f"{path}: dtype of {name} is {weights[name].dtype}, must be floating point")
+        for name, parameter in parameters.items():
+            parameter.data.copy_(weights[name])

@@ -1,0 +1,218 @@
+"""Loads a whole model: a UniWorld checkpoint with the FLUX.1-dev and SigLIP folders that it needs.
+
+Everything is found and checked from configs and file headers first, so that a mistake is reported before any weight
+is read. Then every tensor goes from the mapped file straight to its device and dtype.
+"""
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from uniworld.checkpoint import locate
+from uniworld.checkpoint.build import build_univa, connector_shapes, encoder_plan, read_config, univa_plan
+from uniworld.checkpoint.connector_files import override_connectors
+from uniworld.checkpoint.names import CONNECTORS, DENOISER, VLM
+from uniworld.checkpoint.precision import checked_dtype, default_device, default_dtype, vae_dtype
+from uniworld.checkpoint.progress import byte_progress
+from uniworld.checkpoint.save import TASK_HEAD_FILE
+from uniworld.checkpoint.tiny import tiny_dir
+from uniworld.checkpoint.weights import Plan, fill, parameters_on_meta, read_headers
+from uniworld.models.prompts import VISION_END, VISION_START, PromptProcessor
+from uniworld.models.siglip import SemanticEncoder
+from uniworld.models.task_head import TaskHead
+from uniworld.models.text_encoders import TextEncoders
+from uniworld.models.unified import FULL_ANCHOR_PX, TimeShift, UniWorld
+from uniworld.models.vae import ImageAutoencoder
+from uniworld.models.vision_processor import VisionProcessor
+
+TINY = "tiny"
+FLUX_EXAMPLE = "black-forest-labs/FLUX.1-dev"
+SIGLIP_EXAMPLE = "google/siglip2-so400m-patch16-512"
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "spiece.model")
+UNUSED_SIGLIP_KEYS = ("text_model.", "logit_scale", "logit_bias", "vision_model.head.")
+
+
+@dataclass(frozen=True)
+class Folders:
+    """Where the parts lie."""
+
+    model: Path
+    flux: Path
+    siglip: Path
+    t5: bool
+
+
+def load_uniworld(
+    model: str | Path = TINY,
+    flux: str | Path | None = None,
+    siglip: str | Path | None = None,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    progress: bool = True,
+    check_finite: bool = False,
+    use_t5: bool | None = None,
+    connectors: str | Path | None = None,
+) -> UniWorld:
+    """Load every part; parameters are frozen and modules in eval mode.
+
+    Host memory peaks at most one shard above what stays there.
+
+    Args:
+        model: "tiny", or a Hub id or folder in the authors' layout.
+        flux: FLUX.1-dev, Hub id or folder: VAE, text encoders, tokenizers, scheduler config; by default the folder
+            `flux/` inside the model's.
+        siglip: SigLIP, Hub id or folder; by default `siglip/` inside the model's.
+        device: a GPU where there is one, else the CPU.
+        dtype: bf16 on a GPU and on CPUs with native bf16, else fp32; `tiny` is fp32 on every CPU. The VAE takes it on a
+            GPU and fp32 on a CPU.
+        progress: draw a progress bar on stderr.
+        check_finite: refuse NaN and infinities, naming the tensor.
+        use_t5: None loads T5 where the FLUX folder holds it, True requires it, False leaves it out (9.5 GB).
+        connectors: folder with `denoise_projector.bin` or `siglip_projector.bin` of a training stage, whose weights
+            replace the checkpoint's.
+
+    Raises:
+        FileNotFoundError: a folder, file or shard is missing.
+        ValueError: keys, shapes, dtypes or values of the weights do not fit; all of a folder's listed in one line.
+    """
+    device = default_device() if device is None else torch.device(device)
+    dtype = checked_dtype(dtype or default_dtype(device, tiny=str(model) == TINY))
+    folders = _find(model, flux, siglip, use_t5)
+    config = _complete(read_config(folders.model), folders.model)
+    processor = _processor(folders.model)
+    _fill_token_ids(config, processor)
+
+    univa, parts = _plan_univa(folders.model, config, device, dtype)
+    semantic, semantic_plan = _plan_siglip(folders.siglip, device, dtype)
+    text_encoders, text_plans = _plan_text_encoders(folders, device, dtype)
+    vae, vae_plan = _plan_vae(folders.flux, device, vae_dtype(device, dtype))
+    task_head = _task_head(folders.model, device, dtype)
+    time_shift = _time_shift(folders.flux)
+
+    plans = [univa, semantic_plan, *text_plans, vae_plan]
+    for plan in plans:
+        plan.check()
+    with byte_progress(f"Loading {model}", sum(plan.num_bytes for plan in plans), progress) as advance:
+        fill(plans, check_finite=check_finite, advance=advance)
+    if connectors is not None:
+        override_connectors({name: parts[name] for name in CONNECTORS if name in parts}, Path(connectors))
+
+    settings = config.get("uniworld", {})
+    return UniWorld(
+        name=str(model),
+        folder=folders.model,
+        config=config,
+        vlm=parts.pop(VLM),
+        denoiser=parts.pop(DENOISER),
+        **parts,
+        processor=processor,
+        semantic_encoder=semantic,
+        text_encoders=text_encoders,
+        vae=vae,
+        task_head=task_head,
+        time_shift=time_shift,
+        anchor_px=settings.get("anchor_px", FULL_ANCHOR_PX),
+        random_weights=settings.get("random_weights", False),
+        device=device,
+        dtype=dtype,
+    )
+
+
+def _find(model: str | Path, flux: str | Path | None, siglip: str | Path | None, use_t5: bool | None) -> Folders:
+    folder = tiny_dir() if str(model) == TINY else locate.resolve_folder("model", model, locate.MODEL_PATTERNS)
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"model={model}: has no config.json")
+    patterns = locate.FLUX_PATTERNS + (() if use_t5 is False else locate.FLUX_T5_PATTERNS)
+    flux_folder = locate.resolve_part("flux", flux, folder, patterns, FLUX_EXAMPLE)
+    siglip_folder = locate.resolve_part("siglip", siglip, folder, locate.SIGLIP_PATTERNS, SIGLIP_EXAMPLE)
+    has_t5 = (flux_folder / "text_encoder_2" / "config.json").is_file()
+    if use_t5 and not has_t5:
+        raise FileNotFoundError(f"use_t5=True: {flux_folder} has no text_encoder_2/")
+    return Folders(folder, flux_folder, siglip_folder, has_t5 and use_t5 is not False)
+
+
+def _complete(config: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Refuse a folder that is no UniWorld checkpoint in words that help."""
+    if "denoise_tower" not in config:
+        raise ValueError(
+            f"{folder}: config.json has no denoise_tower, so this is no UniWorld checkpoint; see `uniworld convert`"
+        )
+    return config
+
+
+def _processor(folder: Path) -> PromptProcessor:
+    from transformers import Qwen2Tokenizer
+
+    tokenizer = _tokenizer(Qwen2Tokenizer, folder)
+    return PromptProcessor(tokenizer, VisionProcessor(locate.read_json(folder / "preprocessor_config.json")))
+
+
+def _tokenizer(cls: Any, folder: Path) -> Any:
+    """A transformers tokenizer from local files, with an error that names the folder."""
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise FileNotFoundError(f"{folder}: has no tokenizer files")
+    try:
+        return cls.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the tokenizers library raises plain Exceptions for malformed files
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(f"{folder}: tokenizer cannot be read ({reason})") from error
+
+
+def _fill_token_ids(config: dict[str, Any], processor: PromptProcessor) -> None:
+    """`image_begin_token_id` and `image_end_token_id` are missing from freshly converted checkpoints."""
+    for field, token in (("image_begin_token_id", VISION_START), ("image_end_token_id", VISION_END)):
+        if config.get(field) is None:
+            config[field] = processor.tokenizer.convert_tokens_to_ids(token)
+
+
+def _plan_univa(
+    folder: Path, config: dict[str, Any], device: torch.device, dtype: torch.dtype
+) -> tuple[Plan, dict[str, nn.Module]]:
+    headers = read_headers(locate.weight_files(folder))
+    parts = build_univa(config, connector_shapes(headers, str(folder)))
+    return univa_plan(folder, headers, parts, device, dtype), parts
+
+
+def _plan_siglip(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[SemanticEncoder, Plan]:
+    preprocessor = locate.read_json(folder / "preprocessor_config.json")
+    with parameters_on_meta():
+        encoder = SemanticEncoder.from_config(read_config(folder), preprocessor)
+    return encoder, encoder_plan(folder, encoder.model, device, dtype, ignored=UNUSED_SIGLIP_KEYS)
+
+
+def _plan_text_encoders(
+    folders: Folders, device: torch.device, dtype: torch.dtype
+) -> tuple[TextEncoders, list[Plan]]:
+    from transformers import AutoTokenizer, CLIPTokenizer
+
+    clip, t5 = folders.flux / "text_encoder", folders.flux / "text_encoder_2"
+    clip_tokenizer = _tokenizer(CLIPTokenizer, folders.flux / "tokenizer")
+    t5_parts = (read_config(t5), _tokenizer(AutoTokenizer, folders.flux / "tokenizer_2")) if folders.t5 else ()
+    with parameters_on_meta():
+        encoders = TextEncoders.from_config(read_config(clip), clip_tokenizer, *t5_parts)
+    plans = [encoder_plan(clip, encoders.clip, device, dtype)]
+    if folders.t5:
+        plans.append(encoder_plan(t5, encoders.t5, device, dtype))
+    return encoders, plans
+
+
+def _plan_vae(flux: Path, device: torch.device, dtype: torch.dtype) -> tuple[ImageAutoencoder, Plan]:
+    folder = flux / "vae"
+    with parameters_on_meta():
+        vae = ImageAutoencoder.from_config(read_config(folder))
+    return vae, encoder_plan(folder, vae.model, device, dtype, stem="diffusion_pytorch_model")
+
+
+def _task_head(folder: Path, device: torch.device, dtype: torch.dtype) -> TaskHead | None:
+    path = folder / TASK_HEAD_FILE
+    return TaskHead.from_file(path).to(device, dtype) if path.is_file() else None
+
+
+def _time_shift(flux: Path) -> TimeShift:
+    """FLUX's shift parameters; those that the scheduler's config does not name keep FLUX.1-dev's values."""
+    config = locate.read_json(flux / "scheduler" / "scheduler_config.json")
+    return TimeShift(**{f.name: config[f.name] for f in fields(TimeShift) if f.name in config})

@@ -1,0 +1,25 @@
+"""A progress bar by bytes on stderr."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+
+@contextlib.contextmanager
+def byte_progress(title: str, num_bytes: int, enabled: bool) -> Iterator[Callable[[int], None]]:
+    """Yields the function to call with the bytes just done; it does nothing where the bar is not `enabled`."""
+    if not enabled:
+        yield lambda _: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(title, total=num_bytes)
+        yield lambda done: bar.advance(task, done)

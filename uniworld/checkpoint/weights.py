@@ -1,0 +1,213 @@
+"""Strict, memory-mapped reading of safetensors weights into modules whose parameters do not exist yet.
+
+A `Plan` says which tensor of which file goes where. All plans are checked from the file headers before the first
+weight is read; then each tensor goes straight from the mapped file to its device and dtype.
+"""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+MAX_LISTED = 10
+ITEMSIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # the dtypes that weights may have
+
+
+class Header(NamedTuple):
+    """What a safetensors file says about one tensor."""
+
+    path: Path
+    key: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * ITEMSIZE.get(self.dtype, 1)
+
+
+class Target(NamedTuple):
+    """Block `row` of `rows` equal row blocks of a parameter, which `names` (several where it is tied) reach."""
+
+    module: nn.Module
+    names: tuple[str, ...]
+    shape: tuple[int, ...]
+    row: int = 0
+    rows: int = 1
+
+    @property
+    def identity(self) -> tuple:
+        return id(self.module), self.names, self.row
+
+
+@dataclass
+class Plan:
+    """Where the tensors of one set of files go."""
+
+    title: str
+    """The folder, for errors and the progress bar."""
+    headers: dict[str, Header]
+    """By the name that `targets` knows the tensor under, which may differ from its key in the file."""
+    targets: dict[str, Target]
+    device: torch.device
+    dtype: torch.dtype
+
+    def __post_init__(self):
+        self.title = str(self.title)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(h.num_bytes for h in self.headers.values())
+
+    def check(self) -> None:
+        """Raise one ValueError that lists missing and unexpected keys, wrong shapes and wrong dtypes."""
+        filled = {self.targets[key].identity for key in self.targets.keys() & self.headers.keys()}
+        problems = [f"missing {key}" for key, target in self.targets.items() if target.identity not in filled]
+        problems += [f"unexpected {h.key}" for name, h in self.headers.items() if name not in self.targets]
+        for name in self.headers.keys() & self.targets.keys():
+            header, shape = self.headers[name], self.targets[name].shape
+            if header.dtype not in ITEMSIZE:
+                problems.append(f"dtype {header.dtype} of {header.key} (must be {', '.join(ITEMSIZE)})")
+            elif header.shape != shape:
+                problems.append(f"shape {list(header.shape)} of {header.key} (must be {list(shape)})")
+        if problems:
+            raise ValueError(f"{self.title}: {listed(problems)}")
+
+
+def listed(items: list[str]) -> str:
+    """Up to ten items in one line, and how many more there are."""
+    more = f"; and {len(items) - MAX_LISTED} more ({len(items)} in all)" if len(items) > MAX_LISTED else ""
+    return "; ".join(items[:MAX_LISTED]) + more
+
+
+def read_headers(files: Iterable[Path]) -> dict[str, Header]:
+    """The headers of all tensors in `files`, by key.
+
+    Raises:
+        ValueError: a file is truncated or no safetensors file, or two files hold the same key.
+    """
+    headers = {}
+    for path in files:
+        with open_weights(path) as file:
+            for key in file.keys():  # noqa: SIM118 (not a dict)
+                if key in headers:
+                    raise ValueError(f"{path}: {key} is also in {headers[key].path.name}")
+                view = file.get_slice(key)
+                headers[key] = Header(path, key, str(view.get_dtype()), tuple(view.get_shape()))
+    return headers
+
+
+@contextlib.contextmanager
+def open_weights(path: Path):
+    try:
+        file = safe_open(path, framework="pt", device="cpu")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: truncated or not a safetensors file ({error})") from None
+    with file as opened:
+        yield opened
+
+
+@contextlib.contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Modules built inside have parameters without memory; their buffers are real, since no file holds those."""
+    register = nn.Module.register_parameter
+
+    def register_on_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        register(module, name, param)
+        if param is not None and not param.is_meta:
+            module._parameters[name] = nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad)
+
+    nn.Module.register_parameter = register_on_meta
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register
+
+
+def module_targets(module: nn.Module, sources: Callable[[str], tuple[str, ...]]) -> dict[str, Target]:
+    """The targets of a module: `sources` gives the source names (one, or one a row block) of a parameter name.
+
+    A tied parameter is a target under each of its names, and any one of them fills it.
+    """
+    names_of: dict[int, list[str]] = {}
+    tensors = dict(module.named_parameters(remove_duplicate=False))
+    for name, tensor in tensors.items():
+        names_of.setdefault(id(tensor), []).append(name)
+    targets = {}
+    for name, tensor in tensors.items():
+        keys = sources(name)
+        shape = (tensor.shape[0] // len(keys), *tensor.shape[1:]) if tensor.ndim else ()
+        for row, key in enumerate(keys):
+            targets[key] = Target(module, tuple(names_of[id(tensor)]), tuple(shape), row, len(keys))
+    return targets
+
+
+def fill(plans: list[Plan], *, check_finite: bool = False, advance: Callable[[int], None] = lambda _: None) -> None:
+    """Read every tensor of checked plans into its module; parameters become frozen, buffers follow to the device.
+
+    Args:
+        plans: plans that `Plan.check` accepts.
+        check_finite: raise a ValueError that names the first tensor with a NaN or an infinity.
+        advance: called with the bytes just read.
+    """
+    for plan in plans:
+        by_file: dict[Path, list[str]] = {}
+        for name, header in plan.headers.items():
+            by_file.setdefault(header.path, []).append(name)
+        for path, names in by_file.items():
+            with open_weights(path) as file:
+                for name in names:
+                    _fill_one(plan, name, file, check_finite)
+                    advance(plan.headers[name].num_bytes)
+        for module in {id(t.module): t.module for t in plan.targets.values()}.values():
+            move_buffers(module, plan.device)
+            module.eval()
+
+
+def _fill_one(plan: Plan, name: str, file, check_finite: bool) -> None:
+    header, target = plan.headers[name], plan.targets[name]
+    try:
+        tensor = file.get_tensor(header.key)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{header.path}: {header.key} cannot be read ({error})") from None
+    if check_finite and not torch.isfinite(tensor).all():
+        raise ValueError(f"{header.path}: {header.key} holds NaN or infinite values")
+    if target.rows == 1:
+        assign(target, moved(tensor, plan.device, plan.dtype))
+        return
+    parameter = target.module.get_parameter(target.names[0])
+    if parameter.is_meta:
+        assign(target, torch.empty(parameter.shape, dtype=plan.dtype, device=plan.device))
+        parameter = target.module.get_parameter(target.names[0])
+    rows = target.shape[0]
+    parameter.data[target.row * rows : (target.row + 1) * rows].copy_(tensor)
+
+
+def moved(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """`tensor` on `device` in `dtype`, in memory of its own (never the mapped file's)."""
+    owned = tensor.untyped_storage().nbytes() == tensor.nbytes
+    if owned and tensor.device == device and tensor.dtype == dtype:
+        return tensor
+    return torch.empty(tensor.shape, dtype=dtype, device=device).copy_(tensor)
+
+
+def assign(target: Target, value: Tensor) -> None:
+    """Put `value` in place of the parameter, under all of its names, without a copy."""
+    parameter = nn.Parameter(value, requires_grad=False)
+    for name in target.names:
+        owner, _, attribute = name.rpartition(".")
+        target.module.get_submodule(owner)._parameters[attribute] = parameter
+
+
+def move_buffers(module: nn.Module, device: torch.device) -> None:
+    """Buffers keep their dtype: rotary frequencies stay fp32."""
+    for child in module.modules():
+        for name, buffer in child._buffers.items():
+            if buffer is not None:
+                child._buffers[name] = buffer.to(device)

@@ -1,0 +1,70 @@
+"""The parts of UniWorld-V1 as one object: what `uniworld.checkpoint.load` makes and the engine and trainer use."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from uniworld.models.connectors import Connector
+from uniworld.models.flux import FluxTransformer
+from uniworld.models.prompts import PromptProcessor
+from uniworld.models.siglip import SemanticEncoder
+from uniworld.models.task_head import TaskHead
+from uniworld.models.text_encoders import TextEncoders
+from uniworld.models.vae import ImageAutoencoder
+from uniworld.models.vlm import VisionLanguageModel
+
+FULL_ANCHOR_PX = 1024 * 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimeShift:
+    """How sampling sigmas shift with the number of image tokens (FLUX's scheduler config); see `flow.shift_mu`."""
+
+    base_shift: float = 0.5
+    max_shift: float = 1.15
+    base_image_seq_len: int = 256
+    max_image_seq_len: int = 4096
+
+
+@dataclass(kw_only=True)
+class UniWorld:
+    """All parts on one device, frozen and in eval mode as loaded."""
+
+    name: str
+    """As asked for: "tiny", a Hub id or a path."""
+    folder: Path
+    """The local folder of the checkpoint: where tokenizer and processor files are copied from on saving."""
+    config: dict[str, Any]
+    """The checkpoint's config.json, token ids completed from the tokenizer."""
+    vlm: VisionLanguageModel
+    processor: PromptProcessor
+    denoiser: FluxTransformer
+    denoise_projector: Connector
+    siglip_projector: Connector
+    vae_projector: Connector | None = None
+    """Only for the VAE-reference ablation."""
+    semantic_encoder: SemanticEncoder
+    text_encoders: TextEncoders
+    vae: ImageAutoencoder
+    task_head: TaskHead | None = None
+    """Routes between picture and text; None where the checkpoint has none."""
+    time_shift: TimeShift = field(default_factory=TimeShift)
+    anchor_px: int = FULL_ANCHOR_PX
+    """Area in pixels of the pictures the model was made for; sizes "auto" aim at it."""
+    random_weights: bool = False
+    """Whether nothing was trained, so that pictures are noise."""
+    device: torch.device
+    dtype: torch.dtype
+
+    def checkpoint_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """The parts that a UniWorld checkpoint holds, under their names in `checkpoint.names`."""
+        yield "vlm", self.vlm.model
+        yield "denoiser", self.denoiser
+        for name in ("denoise_projector", "siglip_projector", "vae_projector"):
+            connector = getattr(self, name)
+            if connector is not None:
+                yield name, connector
