@@ -1,0 +1,234 @@
+"""What `edit`, `generate`, `perceive` and `convert` do."""
+
+import itertools
+import logging
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from uniworld.cli_options import DrawOptions, LoadOptions, ReportOptions
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from uniworld.engine import Engine, Result, StepInfo
+
+NOISE_NOTE = (
+    "note: the weights of model {model!r} are random, nothing was trained: "
+    "the picture is noise and shows only that the whole pipeline runs"
+)
+
+Draw = Callable[["Engine", Sequence["Image.Image"], dict[str, Any]], "Result"]
+
+
+def edit(
+    paths: Sequence[Path], prompt: str, output: Path, load: LoadOptions, drawing: DrawOptions, report: ReportOptions
+) -> None:
+    def draw(engine: "Engine", images: Sequence["Image.Image"], settings: dict[str, Any]) -> "Result":
+        return engine.edit(images, prompt, **settings)
+
+    _draw_to_file(draw, prompt, paths, output, load, drawing, report)
+
+
+def generate(prompt: str, output: Path, load: LoadOptions, drawing: DrawOptions, report: ReportOptions) -> None:
+    def draw(engine: "Engine", images: Sequence["Image.Image"], settings: dict[str, Any]) -> "Result":
+        return engine.generate(prompt, **settings)
+
+    _draw_to_file(draw, prompt, (), output, load, drawing, report)
+
+
+def perceive(
+    path: Path,
+    task: str,
+    subject: str | None,
+    output: Path,
+    load: LoadOptions,
+    drawing: DrawOptions,
+    report: ReportOptions,
+) -> None:
+    from uniworld.models.prompts import perception_prompt
+
+    prompt = perception_prompt(task, subject)  # refuses an unknown task before anything is loaded
+
+    def draw(engine: "Engine", images: Sequence["Image.Image"], settings: dict[str, Any]) -> "Result":
+        return engine.perceive(images[0], task, subject=subject, **settings)
+
+    _draw_to_file(draw, prompt, (path,), output, load, drawing, report)
+
+
+def _draw_to_file(
+    draw: Draw,
+    prompt: str,
+    paths: Sequence[Path],
+    output: Path,
+    load: LoadOptions,
+    drawing: DrawOptions,
+    report: ReportOptions,
+) -> None:
+    """Check everything that can be checked without weights, load, draw, and write the picture in one move."""
+    from uniworld.models.images import check_writable, read_image, write_image
+
+    settings = drawing.settings()
+    check_writable(output)
+    console = stderr_console(report)
+    with plain_warnings(console):
+        images = [read_image(path) for path in paths]
+        check_request(prompt, images, settings)
+        engine, load_s = load_engine(load, drawing.t5, report)
+        note_random_weights(engine, NOISE_NOTE)
+        with step_progress(console, drawing.steps) as on_step:
+            result = draw(engine, images, {**settings, "on_step": on_step})
+        write_image(result.images[0], output)
+    print_drawn(console, result)
+    if report.verbose:
+        print_timings(console, {"load": load_s, **result.timings}, result.num_inference_steps)
+    print(output, flush=True)
+
+
+def stderr_console(report: ReportOptions) -> Console:
+    return Console(stderr=True, quiet=report.quiet, highlight=False, soft_wrap=True)
+
+
+def check_request(prompt: str, images: Sequence["Image.Image"], settings: dict[str, Any]) -> None:
+    """Raise the ValueError that the engine would raise, before a model is loaded."""
+    from uniworld.engine import Request
+
+    Request(prompt=prompt, images=tuple(images), **settings)
+
+
+def load_engine(load: LoadOptions, use_t5: bool | None, report: ReportOptions) -> tuple["Engine", float]:
+    """The engine that the options ask for, and the seconds it took to load."""
+    from uniworld.engine import Engine
+
+    silence_libraries()
+    start = time.perf_counter()
+    engine = Engine.from_pretrained(
+        model=load.model,
+        flux=load.flux,
+        siglip=load.siglip,
+        device=load.device,
+        dtype=None if load.dtype == "auto" else load.dtype.value,
+        attention=load.attention,
+        progress=not report.quiet,
+        check_finite=load.check_finite,
+        use_t5=use_t5,
+    )
+    return engine, time.perf_counter() - start
+
+
+def silence_libraries() -> None:
+    """Keep the libraries' own advice off the terminal; UNIWORLD_DEBUG=1 leaves it on."""
+    if os.environ.get("UNIWORLD_DEBUG") == "1":
+        return
+    for name in ("transformers", "diffusers", "huggingface_hub"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def note_random_weights(engine: "Engine", note: str) -> None:
+    """Say it even with --quiet: who sees noise must know why."""
+    if engine.model.random_weights:
+        Console(stderr=True, highlight=False, soft_wrap=True).print(
+            note.format(model=engine.model.name), style="yellow", markup=False
+        )
+
+
+@contextmanager
+def plain_warnings(console: Console) -> Iterator[None]:
+    """Show our own warnings as one `note:` line, and those of libraries not at all."""
+
+    def show(message, category, filename, lineno, file=None, line=None) -> None:
+        if issubclass(category, UserWarning) and "uniworld" in Path(filename).parts:
+            console.print(f"note: {message}", style="yellow", markup=False)
+
+    with warnings.catch_warnings():
+        if os.environ.get("UNIWORLD_DEBUG") != "1":
+            warnings.showwarning = show
+        yield
+
+
+@contextmanager
+def step_progress(
+    console: Console, num_inference_steps: int, at_once: bool = True
+) -> Iterator[Callable[["StepInfo"], None]]:
+    """A bar over the denoising steps on stderr; gives the callback that moves it.
+
+    at_once: show it before the first step, which comes after the images and the prompt are read.
+    """
+    columns = (
+        TextColumn("{task.description:<8}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("steps"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    progress = Progress(*columns, console=console, transient=console.is_terminal)
+    bar = progress.add_task("reading", total=num_inference_steps)
+
+    def on_step(info: "StepInfo") -> None:
+        progress.start()
+        description = "decoding" if info.step == info.num_inference_steps else "drawing"
+        progress.update(bar, completed=info.step, description=description)
+
+    try:
+        if at_once:
+            progress.start()
+        yield on_step
+    finally:
+        progress.stop()
+
+
+def print_drawn(console: Console, result: "Result") -> None:
+    seconds = result.timings["total"]
+    steps = f"{result.num_inference_steps} step{'s' if result.num_inference_steps > 1 else ''}"
+    console.print(f"{result.width}x{result.height} px, {steps}, seed {result.seed}, {seconds:.1f} s")
+
+
+def print_timings(console: Console, timings: dict[str, float], num_inference_steps: int) -> None:
+    """A table of seconds by room; loading is not part of the total."""
+    table = Table("room", "seconds", box=None, pad_edge=False)
+    table.columns[1].justify = "right"
+    for room, seconds in timings.items():
+        table.add_row(room, f"{seconds:.3f}")
+    table.add_row("denoise, a step", f"{timings['denoise'] / num_inference_steps:.3f}")
+    console.print(table)
+
+
+def free_name(stem: str) -> Path:
+    """`<stem>.png`, or `<stem>-2.png` and so on where that is taken."""
+    names = itertools.chain([f"{stem}.png"], (f"{stem}-{i}.png" for i in itertools.count(2)))
+    return next(path for path in map(Path, names) if not path.exists())
+
+
+def convert(qwen: str, flux: str, siglip: str | None, output: Path, seed: int, overwrite: bool, quiet: bool) -> None:
+    """Make a starting checkpoint and print its folder."""
+    from uniworld.checkpoint.convert import convert as convert_checkpoint
+
+    silence_libraries()
+    console = Console(stderr=True, quiet=quiet)
+    columns = (TextColumn("converting"), BarColumn(), DownloadColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=console.is_terminal) as progress:
+        bar = progress.add_task("", total=None)
+
+        def advance(done: int, total: int) -> None:
+            progress.update(bar, completed=done, total=total)
+
+        convert_checkpoint(qwen, flux, output, siglip=siglip, seed=seed, overwrite=overwrite, advance=advance)
+    print(output, flush=True)

@@ -1,0 +1,198 @@
+"""Options that several commands share, declared once.
+
+A group is a dataclass whose fields are typer options. `with_options(load=LoadOptions)` gives a command all options of
+the group and hands it the values as one object.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+MODEL_PANEL = "Model"
+DRAW_PANEL = "Drawing"
+OUTPUT_PANEL = "Output"
+
+
+class Dtype(StrEnum):
+    """Floating-point formats that the model can be loaded in."""
+
+    auto = "auto"
+    bfloat16 = "bfloat16"
+    float32 = "float32"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadOptions:
+    """Which model, where and how."""
+
+    model: Annotated[
+        str,
+        typer.Option(
+            "--model", "-m", metavar="tiny|DIR|HUB-ID", help="UniWorld-V1 checkpoint.", rich_help_panel=MODEL_PANEL
+        ),
+    ] = "tiny"
+    flux: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR|HUB-ID",
+            help="FLUX.1-dev folder (VAE, T5, CLIP); default: flux/ beside the weights.",
+            rich_help_panel=MODEL_PANEL,
+        ),
+    ] = None
+    siglip: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR|HUB-ID",
+            help="SigLIP2 folder; default: siglip/ beside the weights.",
+            rich_help_panel=MODEL_PANEL,
+        ),
+    ] = None
+    device: Annotated[
+        str | None,
+        typer.Option(
+            metavar="cpu|cuda|cuda:N", help="Default: the first GPU, else the CPU.", rich_help_panel=MODEL_PANEL
+        ),
+    ] = None
+    dtype: Annotated[Dtype, typer.Option(help="Number format of the weights.", rich_help_panel=MODEL_PANEL)] = (
+        Dtype.auto
+    )
+    attention: Annotated[
+        str,
+        typer.Option(metavar="NAME", help="Attention backend; `uniworld env` lists them.", rich_help_panel=MODEL_PANEL),
+    ] = "auto"
+    check_finite: Annotated[
+        bool,
+        typer.Option("--check-finite", help="Refuse weights that hold NaN or infinity.", rich_help_panel=MODEL_PANEL),
+    ] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawOptions:
+    """How a picture is drawn."""
+
+    seed: Annotated[int | None, typer.Option(min=0, help="Same seed, same picture.", rich_help_panel=DRAW_PANEL)] = None
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps.", rich_help_panel=DRAW_PANEL)] = 28
+    size: Annotated[
+        str,
+        typer.Option(
+            metavar="WxH|auto",
+            help="Multiples of 16 px; auto takes the first image's nearest aspect ratio.",
+            rich_help_panel=DRAW_PANEL,
+        ),
+    ] = "auto"
+    guidance: Annotated[
+        float, typer.Option(min=0, help="Embedded guidance of FLUX.1-dev.", rich_help_panel=DRAW_PANEL)
+    ] = 3.5
+    negative: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="What to avoid; needs --true-cfg.", rich_help_panel=DRAW_PANEL)
+    ] = None
+    true_cfg: Annotated[
+        float,
+        typer.Option(
+            min=1, help="True classifier-free guidance, twice the work; 1 is off.", rich_help_panel=DRAW_PANEL
+        ),
+    ] = 1.0
+    t5: Annotated[
+        bool | None,
+        typer.Option(
+            "--t5/--no-t5",
+            help="T5 text states beside the VLM's; default: on where the FLUX folder holds T5.",
+            rich_help_panel=DRAW_PANEL,
+            show_default=False,
+        ),
+    ] = None
+    vae_tiling: Annotated[
+        bool, typer.Option("--vae-tiling", help="Decode in tiles: less memory.", rich_help_panel=DRAW_PANEL)
+    ] = False
+
+    def settings(self) -> dict[str, Any]:
+        """The keyword arguments of `Engine.edit` and its siblings."""
+        if self.negative is not None and self.true_cfg == 1:
+            raise ValueError("--negative: only has an effect with --true-cfg above 1, for example --true-cfg 4")
+        width, height = parse_size(self.size)
+        return {
+            "height": height,
+            "width": width,
+            "num_inference_steps": self.steps,
+            "guidance_scale": self.guidance,
+            "true_cfg_scale": self.true_cfg,
+            "negative_prompt": self.negative,
+            "seed": self.seed,
+            "use_t5": self.t5,
+            "vae_tiling": self.vae_tiling,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportOptions:
+    """What is said on stderr."""
+
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Show seconds by room.", rich_help_panel=OUTPUT_PANEL)
+    ] = False
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="No progress and no notes.", rich_help_panel=OUTPUT_PANEL)
+    ] = False
+
+
+OutputFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--output",
+        "-o",
+        metavar="FILE",
+        rich_help_panel=OUTPUT_PANEL,
+        show_default=False,
+        help=".png, .jpg or .webp; an existing file is replaced. Default: a free name in this folder.",
+    ),
+]
+
+
+def parse_size(text: str) -> tuple[int | None, int | None]:
+    """`1024x768` -> (1024, 768), width first; `auto` -> (None, None).
+
+    Raises:
+        ValueError: neither form.
+    """
+    if text.lower() == "auto":
+        return None, None
+    width, _, height = text.lower().partition("x")
+    if not (width.isdecimal() and height.isdecimal()):
+        raise ValueError(f"--size {text}: must be WIDTHxHEIGHT in pixels, for example 512x768, or auto")
+    return int(width), int(height)
+
+
+def with_options(**groups: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Replace the parameters named in `groups` by the options of each group.
+
+    Args:
+        groups: parameter name -> dataclass whose fields are `Annotated[..., typer.Option(...)]` with defaults.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(command)
+        def run(**values: Any) -> None:
+            made = {
+                name: group(**{f.name: values.pop(f.name) for f in fields(group)}) for name, group in groups.items()
+            }
+            command(**values, **made)
+
+        own = [p for p in inspect.signature(command).parameters.values() if p.name not in groups]
+        shared = [
+            inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type)
+            for group in groups.values()
+            for f in fields(group)
+        ]
+        own = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
+        run.__signature__ = inspect.Signature(own + shared)
+        run.__annotations__ = {p.name: p.annotation for p in own + shared}
+        del run.__wrapped__  # typer would follow it to the original parameters
+        return run
+
+    return decorate
