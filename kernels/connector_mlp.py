@@ -12,10 +12,10 @@ from uniworld.kernels.linear_epilogue import (
     ONEDNN,
     SMALL_TILE,
     WIDE_TILE,
+    epilogue_build,
     linear_epilogue_,
     linear_gradients,
     linear_onednn,
-    triton_build,
 )
 from uniworld.kernels.registry import Op, backend_for, register
 
@@ -259,12 +259,14 @@ register(
         flops=_flops,
         differentiable=("x", "w1", "b1", "w2", "b2"),
         triton_builds=(
-            triton_build("silu", WIDE_TILE),
-            triton_build("silu", SMALL_TILE),
-            triton_build("none", WIDE_TILE),
-            triton_build("none", SMALL_TILE),
-            triton_build("silu_backward", LARGE_TILE),
-            triton_build("silu_backward", SMALL_TILE),
+            epilogue_build("silu", WIDE_TILE),
+            epilogue_build("silu", LARGE_TILE),
+            epilogue_build("silu", SMALL_TILE),
+            epilogue_build("none", WIDE_TILE),
+            epilogue_build("none", LARGE_TILE),
+            epilogue_build("none", SMALL_TILE),
+            epilogue_build("silu_backward", LARGE_TILE),
+            epilogue_build("silu_backward", SMALL_TILE),
         ),
         cpp=ONEDNN,
     )

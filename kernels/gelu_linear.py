@@ -12,10 +12,10 @@ from uniworld.kernels.linear_epilogue import (
     ONEDNN,
     SMALL_TILE,
     WIDE_TILE,
+    epilogue_build,
     linear_epilogue_,
     linear_gradients,
     linear_onednn,
-    triton_build,
 )
 from uniworld.kernels.registry import Op, backend_for, forced_backend, register
 
@@ -124,11 +124,11 @@ register(
         flops=lambda c: 2 * c["M"] * c["K"] * c["N"],
         differentiable=("x", "weight", "bias"),
         triton_builds=(
-            triton_build("gelu", WIDE_TILE),
-            triton_build("gelu", LARGE_TILE),
-            triton_build("gelu", SMALL_TILE),
-            triton_build("gelu_backward", LARGE_TILE),
-            triton_build("gelu_backward", SMALL_TILE),
+            epilogue_build("gelu", WIDE_TILE),
+            epilogue_build("gelu", LARGE_TILE),
+            epilogue_build("gelu", SMALL_TILE),
+            epilogue_build("gelu_backward", LARGE_TILE),
+            epilogue_build("gelu_backward", SMALL_TILE),
         ),
         cpp=ONEDNN,
     )

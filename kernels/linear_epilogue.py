@@ -3,13 +3,15 @@
 Letters: M rows of x, K input channels, N output channels, R rows of the buffer that a scattered result goes to.
 """
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from uniworld.kernels.registry import INTERPRET, TritonBuild
+from uniworld.kernels.registry import INTERPRET, TritonBuild, triton_build
 
 ONEDNN = "onednn"  # the name under which `backend_for` and `extension.has` know torch's CPU GEMM with an epilogue
 
@@ -103,19 +105,15 @@ def tile_for(x: Tensor, num_outputs: int, epilogue: str) -> tuple[int, int, int,
     return large if tiles >= properties.multi_processor_count else SMALL_TILE
 
 
-def triton_build(epilogue: str, tile: tuple[int, int, int, int, int], dtype: str = "bf16") -> TritonBuild:
+def epilogue_build(epilogue: str, tile: tuple[int, int, int, int, int]) -> TritonBuild:
     """The ahead-of-time build of one epilogue at one tile; "none" scatters its rows, as connector_mlp uses it."""
-    scatter = epilogue == "none"
-    signature = {f"{name}_ptr": f"*{dtype}" for name in ("x", "weight", "bias", "dy", "rows", "y", "act")}
-    if scatter:
-        signature["rows_ptr"] = "*i64"
-    signature |= dict.fromkeys(("M", "N", "K", "R", "x_stride", "y_stride"), "i32")
     block_m, block_n, block_k, num_warps, num_stages = tile
-    constexprs = {"EPILOGUE": epilogue, "SCATTER": scatter, "UPCAST": False, "EVEN_K": True, "BLOCK_M": block_m,
-                  "BLOCK_N": block_n, "BLOCK_K": block_k, "GROUP_M": GROUP_M}  # fmt: skip
-    signature |= dict.fromkeys(constexprs, "constexpr")
-    return TritonBuild(kernel=linear_epilogue_kernel, signature=signature, constexprs=constexprs,
-                       num_warps=num_warps, num_stages=num_stages)  # fmt: skip
+    constexprs = {"EPILOGUE": epilogue, "SCATTER": epilogue == "none", "UPCAST": False, "EVEN_K": True,
+                  "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "GROUP_M": GROUP_M}  # fmt: skip
+    build = triton_build(linear_epilogue_kernel, constexprs, num_warps=num_warps, num_stages=num_stages)
+    capabilities = (90,) if tile == WIDE_TILE else (80, 90)
+    signature = build.signature | ({"rows_ptr": "*i64"} if epilogue == "none" else {})
+    return replace(build, signature=signature, capabilities=capabilities)
 
 
 def linear_epilogue_(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor, epilogue: str, *, dy: Tensor | None = None,

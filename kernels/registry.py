@@ -29,7 +29,8 @@ class TritonBuild:
     """One ahead-of-time compilation of a Triton kernel, at the sizes of the full model.
 
     `signature` maps each argument to "*bf16", "*fp32", "*i64", "i32", "fp32", ... or "constexpr"; pointers and i32
-    sizes are taken to be divisible by 16, as they are at full scale.
+    sizes are taken to be divisible by 16, as they are at full scale. `capabilities` are the compute capabilities that
+    run it with these tile sizes.
     """
 
     kernel: Any
@@ -37,6 +38,7 @@ class TritonBuild:
     constexprs: dict[str, Any]
     num_warps: int = 4
     num_stages: int = 3
+    capabilities: tuple[int, ...] = (80, 90)
 
 
 def triton_build(
