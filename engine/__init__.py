@@ -1,0 +1,7 @@
+"""The inference engine. `from uniworld.engine import Engine, Request`."""
+
+from uniworld.engine.chat import ChatReply
+from uniworld.engine.engine import Engine
+from uniworld.engine.request import Request, Result, StepInfo
+
+__all__ = ["ChatReply", "Engine", "Request", "Result", "StepInfo"]

@@ -9,12 +9,14 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
+from typing import Any
 
 from PIL import Image
 from torch import Tensor
 
 from uniworld.models.conditioning import Conditioning
 from uniworld.models.flow import TOKEN_PX
+from uniworld.models.prompts import VLMInputs
 
 MAX_SIDE_PX = 4096
 MAX_STEPS = 1000
@@ -105,6 +107,8 @@ class Job:
     height: int
     width: int
     seed: int
+    inputs: VLMInputs  # conditioner, before queueing: a prompt that is too long is refused there
+    reading: Any = None  # conditioner, where the VLM's pass was made already (chat): its `Reading`
     id: int = field(default_factory=lambda: next(_ids))
     conditioning: Conditioning | None = None  # conditioner
     negative: Conditioning | None = None  # conditioner, with true CFG only

@@ -185,4 +185,14 @@ class SingleBlock(nn.Module):
         """Normalized joint sequence [B, S, D] -> the block's update [B, S, D]; the caller adds `gate * update`."""
         attn = self.attn(normed, plan)
         mlp = gelu_linear(normed, self.proj_mlp.weight, self.proj_mlp.bias)
-        return F.linear(torch.cat([attn, mlp], dim=-1), self.proj_out.weight, self.proj_out.bias)
+        return linear_of_pair(attn, mlp, self.proj_out.weight, self.proj_out.bias)
+
+
+def linear_of_pair(a: Tensor, b: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """`linear(cat([a, b], -1))` without the copy: the second product is added into the first.
+
+    a: [B, L, D_a]; b: [B, L, D_b]; weight: [N, D_a + D_b]; bias: [N] -> [B, L, N].
+    """
+    weight_a, weight_b = weight[:, : a.shape[-1]], weight[:, a.shape[-1] :]
+    first = F.linear(a, weight_a, bias)
+    return torch.addmm(first.flatten(0, 1), b.flatten(0, 1), weight_b.t()).view_as(first)

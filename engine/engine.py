@@ -1,0 +1,215 @@
+"""The engine: sequences the rooms (scheduler, conditioner, denoiser, decoder) and nothing else."""
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from PIL import Image
+
+from uniworld.checkpoint.load import load_uniworld
+from uniworld.engine.chat import ChatReply, parse_messages
+from uniworld.engine.conditioner import Conditioner
+from uniworld.engine.decoder import Decoder
+from uniworld.engine.denoiser import Denoiser
+from uniworld.engine.request import Job, Request, Result, draw_seed
+from uniworld.engine.scheduler import Scheduler
+from uniworld.kernels.attention_backends import choose_backend
+from uniworld.models.image_size import output_size
+from uniworld.models.images import read_image
+from uniworld.models.prompts import perception_prompt
+from uniworld.models.unified import UniWorld
+
+ImageLike = Image.Image | str | bytes | os.PathLike
+CHAT_MODES = ("auto", "image", "text")
+
+
+class Engine:
+    """Understands, generates, edits and perceives images with one UniWorld-V1 model.
+
+    `edit`, `generate`, `perceive` and `chat` answer one request; `submit` and `step` serve many in batches.
+    Not thread-safe: one thread owns an engine.
+    """
+
+    def __init__(self, model: UniWorld, *, attention: str = "auto", max_batch_size: int = 4):
+        """`attention`: a backend's name, or "auto" for the fastest exact one that this machine has."""
+        self.model = model
+        head_dim = model.denoiser.config.attention_head_dim
+        self.attention = choose_backend(attention, device=model.device, dtype=model.dtype, head_dim=head_dim)
+        model.denoiser.attention_backend = self.attention.name
+        self.scheduler = Scheduler(max_batch_size)
+        self.conditioner = Conditioner(model)
+        self.denoiser = Denoiser(model.denoiser, asdict(model.time_shift))
+        self.decoder = Decoder(model.vae)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str = "tiny",
+        flux: str | None = None,
+        siglip: str | None = None,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        attention: str = "auto",
+        *,
+        progress: bool = True,
+        check_finite: bool = False,
+        use_t5: bool | None = None,
+        max_batch_size: int = 4,
+    ) -> "Engine":
+        """Load a model and make an engine of it.
+
+        Args:
+            model: "tiny", or a hub id or local folder in the authors' layout.
+            flux: FLUX.1-dev folder or hub id (VAE, text encoders); siglip: SigLIP2 folder or hub id.
+            device: "cuda" where there is one, else "cpu". dtype: bf16 where it is fast, else fp32.
+            attention: see `uniworld env` for the names this machine has.
+            progress: draw a progress bar on stderr while loading. check_finite: refuse NaN and Inf in weights.
+            use_t5: False never loads T5, which saves 9.5 GB at full scale.
+        """
+        loaded = load_uniworld(
+            model,
+            flux,
+            siglip,
+            device=device,
+            dtype=dtype,
+            progress=progress,
+            check_finite=check_finite,
+            use_t5=use_t5,
+        )
+        return cls(loaded, attention=attention, max_batch_size=max_batch_size)
+
+    def edit(self, images: ImageLike | Sequence[ImageLike], prompt: str, **settings: Any) -> Result:
+        """Redraw reference images as `prompt` asks.
+
+        Args:
+            images: one or several, each a PIL image, a path or encoded bytes.
+            prompt: the instruction.
+            settings: fields of `Request`: height, width, num_inference_steps, guidance_scale, seed, latents, use_t5,
+                pooled_prompt, true_cfg_scale, negative_prompt, vae_tiling, on_step.
+
+        Raises: ValueError naming the field, its value and what is allowed.
+        """
+        references = [images] if isinstance(images, ImageLike) else images
+        if not references:
+            raise ValueError("images: edit needs at least one reference image; use generate() for none")
+        request = Request(prompt=prompt, images=tuple(read_image(image) for image in references), **settings)
+        return self.run([request])[0]
+
+    def generate(self, prompt: str, **settings: Any) -> Result:
+        """Draw a picture from text alone; `settings` as for `edit`."""
+        return self.run([Request(prompt=prompt, **settings)])[0]
+
+    def perceive(self, image: ImageLike, task: str, target: str | None = None, **settings: Any) -> Result:
+        """Draw what `task` sees in `image`: canny, depth, hed, mlsd, normal, pose, sketch, segment or detect.
+
+        `target` names the object of segment and detect; `settings` as for `edit`.
+        """
+        return self.edit(image, perception_prompt(task, target), **settings)
+
+    def chat(
+        self,
+        messages: Sequence[dict[str, Any]],
+        *,
+        mode: str = "auto",
+        max_new_tokens: int = 512,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        on_text: Callable[[str], None] | None = None,
+        **settings: Any,
+    ) -> ChatReply:
+        """Answer a conversation in text or with a picture.
+
+        Args:
+            messages: OpenAI-style, see `chat.parse_messages`; the last one is the user's.
+            mode: "auto" lets the task head decide, "image" draws, "text" answers.
+            max_new_tokens, temperature, top_p: of a text answer; temperature 0 is greedy.
+            on_text: called with each piece of a text answer as it comes.
+            settings: of a picture, as for `edit`.
+        """
+        if mode not in CHAT_MODES:
+            raise ValueError(f"mode={mode!r}: must be one of {', '.join(CHAT_MODES)}")
+        talk = parse_messages(messages)
+        request = Request(
+            prompt=talk.prompt, images=talk.images, history=talk.history, system=talk.system, **settings
+        )
+        job = self._job(request)
+        with self._timed([job], "condition"):
+            job.reading = self.conditioner.read(job.inputs, keep_cache=mode != "image")
+        probability = self.conditioner.draw_probability(job.reading) if mode == "auto" else None
+        if mode == "image" or (probability is not None and probability >= 0.5):
+            result = self._finish([job])[job.id]
+            return ChatReply(text="", images=result.images, result=result, draw_probability=probability)
+        sampling = dict(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=job.seed)
+        text = self.conditioner.answer(job.reading, on_text=on_text, **sampling)
+        return ChatReply(text=text, images=[], draw_probability=probability)
+
+    def run(self, requests: Sequence[Request]) -> list[Result]:
+        """Answer several requests, batching those of equal shape; results in the order of the requests."""
+        jobs = [self._job(request) for request in requests]
+        results: dict[int, Result] = {}
+        try:
+            for job in jobs:
+                self.scheduler.add(job)
+            while not all(job.id in results for job in jobs):
+                results |= self.step()
+        except BaseException:
+            for job in jobs:  # nothing of a failed call may run in the next one
+                self.scheduler.cancel(job.id)
+            raise
+        return [results[job.id] for job in jobs]
+
+    def submit(self, request: Request) -> int:
+        """Queue a request; its id is the key of its result in a later `step`. Raises ValueError or QueueFull."""
+        job = self._job(request)
+        self.scheduler.add(job)
+        return job.id
+
+    def step(self) -> dict[int, Result]:
+        """Schedule one batch and finish it; {} when nothing waits."""
+        batch = self.scheduler.next_batch()
+        return self._finish(batch) if batch else {}
+
+    def _finish(self, batch: list[Job]) -> dict[int, Result]:
+        with self._timed(batch, "condition"):
+            self.conditioner.fill(batch)
+        with self._timed(batch, "denoise"):
+            self.denoiser.run(batch)
+        with self._timed(batch, "decode"):
+            self.decoder.run([job for job in batch if not job.cancelled])
+        return {job.id: self._result(job) for job in batch}
+
+    def _job(self, request: Request) -> Job:
+        height, width = request.height, request.width
+        if height is None:
+            first = request.images[0] if request.images else None
+            in_height, in_width = (first.height, first.width) if first else (1, 1)
+            height, width = output_size(in_height, in_width, self.model.anchor_px)
+        inputs = self.conditioner.tokenize(request)
+        return Job(request=request, height=height, width=width, seed=draw_seed(request.seed), inputs=inputs)
+
+    def _result(self, job: Job) -> Result:
+        job.timings["total"] = sum(job.timings.values())
+        return Result(
+            images=[] if job.image is None else [job.image],
+            latents=job.latents,
+            timings=job.timings,
+            seed=job.seed,
+            height=job.height,
+            width=job.width,
+            num_inference_steps=job.request.num_inference_steps,
+            cancelled=job.cancelled,
+        )
+
+    @contextmanager
+    def _timed(self, batch: list[Job], room: str):
+        """Wall time of a room, shared by its batch; waits for the device so that rooms do not pay for each other."""
+        start = time.perf_counter()
+        yield
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize(self.model.device)
+        for job in batch:
+            job.timings[room] = job.timings.get(room, 0.0) + time.perf_counter() - start
