@@ -16,7 +16,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -172,3 +174,25 @@ def siglip_weights() -> dict[str, Tensor]:
         else:
             weights[name] = noise / noise[0].numel() ** 0.5
     return {f"vision_model.{name}": value for name, value in weights.items()}
+
+
+def _patches_to_image(patches: Tensor, rows: int, columns: int) -> np.ndarray:
+    """The picture [H, W, 3] uint8 that the VLM's patches of one image hold."""
+    config = json.loads((ROOT / "univa" / "preprocessor_config.json").read_text())
+    m, p, T = config["merge_size"], config["patch_size"], config["temporal_patch_size"]
+    x = patches.view(rows // m, columns // m, m, m, 3, T, p, p)[:, :, :, :, :, 0]
+    x = x.permute(0, 2, 5, 1, 3, 6, 4).reshape(rows * p, columns * p, 3).double()
+    x = (x * torch.tensor(config["image_std"]) + torch.tensor(config["image_mean"])) * 255
+    assert (x - x.round()).abs().max() < 1e-3
+    return x.round().to(torch.uint8).numpy()
+
+
+def images() -> list[Image.Image]:
+    """The pictures A, B and C of the golden cases, read back from the VLM's unresized patches."""
+    inputs, _ = resolve(case("s_encoders", "qwen_vision"))
+    pictures, first = [], 0
+    for _, rows, columns in inputs["image_grid_thw"].tolist():
+        patches = inputs["pixel_values"][first : first + rows * columns]
+        pictures.append(Image.fromarray(_patches_to_image(patches, rows, columns)))
+        first += rows * columns
+    return pictures

@@ -15,9 +15,7 @@ class TaskHead(nn.Sequential):
     """Linear, SiLU, Dropout, Linear to two classes: 0 answers in text, 1 draws. Names as in `task_head_final.pt`."""
 
     def __init__(self, hidden_size: int, inner_size: int):
-        super().__init__(
-            nn.Linear(hidden_size, inner_size), nn.SiLU(), nn.Dropout(DROPOUT), nn.Linear(inner_size, 2)
-        )
+        super().__init__(nn.Linear(hidden_size, inner_size), nn.SiLU(), nn.Dropout(DROPOUT), nn.Linear(inner_size, 2))
         self.eval()
 
     @classmethod

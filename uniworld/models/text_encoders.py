@@ -58,18 +58,17 @@ class TextEncoders(nn.Module):
         """[B, max_length, D]: every prompt padded or cut to `max_length`; padding is attended, as FLUX was trained."""
         if self.t5 is None:
             raise ValueError("use_t5=True: no T5 is loaded")
-        ids = _token_ids(self.t5_tokenizer, prompts, max_length)
+        ids = token_ids(self.t5_tokenizer, prompts, max_length)
         return self.t5(ids.to(self.t5.device)).last_hidden_state
 
     @torch.no_grad()
     def pooled(self, prompts: Sequence[str]) -> Tensor:
         """[B, D]: CLIP's state of the end token; prompts are cut to CLIP's length."""
-        ids = _token_ids(self.clip_tokenizer, prompts, self.clip.config.max_position_embeddings)
+        ids = token_ids(self.clip_tokenizer, prompts, self.clip.config.max_position_embeddings)
         return self.clip(ids.to(self.clip.device)).pooler_output
 
 
-def _token_ids(tokenizer: Any, prompts: Sequence[str], max_length: int) -> Tensor:
-    tokens = tokenizer(
-        list(prompts), padding="max_length", max_length=max_length, truncation=True, return_tensors="pt"
-    )
+def token_ids(tokenizer: Any, prompts: Sequence[str], max_length: int) -> Tensor:
+    """[B, max_length] int64: prompts padded or cut to one length."""
+    tokens = tokenizer(list(prompts), padding="max_length", max_length=max_length, truncation=True, return_tensors="pt")
     return tokens.input_ids

@@ -84,9 +84,7 @@ class VisionProcessor:
 
     def _encode(self, image: Image.Image) -> tuple[Tensor, tuple[int, int, int]]:
         config, p, m = self.config, self.patch_size, self.merge_size
-        pixels = normalized(
-            self.resized(image), config["rescale_factor"], config["image_mean"], config["image_std"]
-        )
+        pixels = normalized(self.resized(image), config["rescale_factor"], config["image_mean"], config["image_std"])
         C, height, width = pixels.shape
         rows, columns = height // p, width // p
         # patches that are merged into one token stand side by side: (row block, column block, row in it, column in it)

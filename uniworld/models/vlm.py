@@ -179,9 +179,7 @@ class VisionLanguageModel(nn.Module):
             use_cache: keep keys and values, so that `stream_text` can go on from here.
         """
         mask = inputs.attention_mask
-        position_ids, rope_deltas = rope_index(
-            inputs.mm_token_type_ids, mask, inputs.image_grid_thw, self.merge_size
-        )
+        position_ids, rope_deltas = rope_index(inputs.mm_token_type_ids, mask, inputs.image_grid_thw, self.merge_size)
         # Attention is causal: padding after a prompt reaches none of its tokens and needs no mask.
         padded_left = not mask[:, 0].all()
         images = {}
