@@ -19,7 +19,8 @@ def region_mse(pred: Tensor, target: Tensor, weight: Tensor | None = None, valid
     """sum(weight * (pred - target)^2 over valid elements) / number of valid elements; 0 where none is valid.
 
     The weights do not enter the divisor. The forward pass also writes the gradient for pred, up to one scalar, so that
-    backward is one multiply. Partial sums and no atomics: the same bits every run. Padding may hold anything, NaN too.
+    backward is one multiply. Partial sums and no atomics: the same bits every run. pred and target may hold NaN in
+    the padding.
 
     Args:
         pred: [B, L, C], fp32 or bf16, C a multiple of 4.
@@ -84,9 +85,10 @@ def _forward_kernel(
     counted = mask
     if HAS_VALID:
         counted = mask & (tl.load(valid_ptr + latent, mask=mask, other=0) != 0)
-    pred = tl.load(pred_ptr + offsets, mask=counted, other=0.0).to(tl.float32)
-    target = tl.load(target_ptr + offsets, mask=counted, other=0.0).to(tl.float32)
-    error = pred - target
+    # Loads masked by `mask` alone stay 16-byte ones; the padding is cut out afterwards.
+    pred = tl.load(pred_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    target = tl.load(target_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    error = tl.where(counted, pred - target, 0.0)
     weighted = error
     if HAS_WEIGHT:
         weighted = tl.load(weight_ptr + latent, mask=counted, other=0.0) * error
