@@ -13,7 +13,7 @@ def load_tokenizer(folder: Path, name: str) -> Any:
     of their own and, for T5, silently add a space in front (other ids than transformers 4 and the authors' code).
 
     Args:
-        folder: with tokenizer.json, or with the files of the older layout (vocab.json, merges.txt).
+        folder: with tokenizer.json, or with the files of the older layout (vocab.json and merges.txt, or spiece.model).
         name: the class in transformers that reads the older layout, one of `CLASSES`.
 
     Raises:
@@ -25,7 +25,7 @@ def load_tokenizer(folder: Path, name: str) -> Any:
     if name not in CLASSES:
         raise ValueError(f"name={name!r}: must be one of {', '.join(CLASSES)}")
     if (folder / "tokenizer.json").is_file():
-        return transformers.PreTrainedTokenizerFast.from_pretrained(folder, padding_side="right")
-    if not (folder / "vocab.json").is_file():
-        raise FileNotFoundError(f"{folder}: has neither tokenizer.json nor vocab.json")
-    return getattr(transformers, name).from_pretrained(folder, padding_side="right")
+        return transformers.PreTrainedTokenizerFast.from_pretrained(folder, padding_side="right", local_files_only=True)
+    if not any((folder / file).is_file() for file in ("vocab.json", "spiece.model")):
+        raise FileNotFoundError(f"{folder}: has no tokenizer.json, vocab.json or spiece.model")
+    return getattr(transformers, name).from_pretrained(folder, padding_side="right", local_files_only=True)
