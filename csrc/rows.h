@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
 #include <vector>
 
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__)
@@ -33,6 +34,8 @@ inline float* scratch(int64_t size) {
 
 // Sixteen floats: one AVX-512 register, two of AVX2, four of the baseline.
 typedef float Lanes __attribute__((vector_size(64)));
+typedef float Eight __attribute__((vector_size(32)));
+typedef float Four __attribute__((vector_size(16)));
 typedef uint32_t LaneBits __attribute__((vector_size(64)));
 typedef uint16_t LaneHalves __attribute__((vector_size(32)));
 constexpr int64_t kLanes = 16;
@@ -92,9 +95,13 @@ struct Sum {
   UNIWORLD_INLINE void add(const float& x, int) { rest += x; }
   UNIWORLD_INLINE float total() const {
     const Lanes all = (lanes[0] + lanes[1]) + (lanes[2] + lanes[3]);
-    float sum = rest;
-    for (int i = 0; i < kLanes; ++i) sum += all[i];
-    return sum;
+    Eight eights[2];
+    std::memcpy(eights, &all, sizeof(all));
+    eights[0] += eights[1];
+    Four fours[2];
+    std::memcpy(fours, eights, sizeof(fours));
+    const Four four = fours[0] + fours[1];
+    return rest + ((four[0] + four[2]) + (four[1] + four[3]));
   }
 };
 

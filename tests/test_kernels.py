@@ -41,7 +41,7 @@ def fresh_inputs(op, case, dtype, device, cast=None):
     if cast:
         inputs = {k: map_tensors(lambda t: t.to(cast) if t.is_floating_point() else t, v) for k, v in inputs.items()}
     for name in op.differentiable:
-        if isinstance(inputs[name], Tensor):
+        if isinstance(inputs.get(name), Tensor):
             inputs[name] = inputs[name].detach().requires_grad_()
     return inputs
 
@@ -52,7 +52,7 @@ def run(op, fn, inputs):
     outputs = list(out) if isinstance(out, (tuple, list)) else [out]
     assert all(isinstance(o, Tensor) for o in outputs), f"{op.name} must return a tensor or a tuple of tensors"
     results = {f"output {i}": o.detach() for i, o in enumerate(outputs)}
-    names = [n for n in op.differentiable if isinstance(inputs[n], Tensor)]
+    names = [n for n in op.differentiable if isinstance(inputs.get(n), Tensor)]
     if names:
         generator = torch.Generator().manual_seed(1)
         pairs = [(o, torch.randn(o.shape, generator=generator)) for o in outputs]
