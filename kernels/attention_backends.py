@@ -154,7 +154,10 @@ def lengths_tensor(lengths: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 def attend_ragged_flash3(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...]) -> Tensor:
-    """One call over samples that start S tokens apart and use `lengths` of them; the rows past them are not defined."""
+    """One call over samples that start S tokens apart and use `lengths` of them.
+
+    Padding must be finite, and its rows come out undefined.
+    """
     B, S = q.shape[:2]
     varlen = importlib.import_module(load_library("flash3")[0].__module__).flash_attn_varlen_func
     starts = lengths_tensor(tuple(S * b for b in range(B + 1)), q.device)
@@ -165,7 +168,10 @@ def attend_ragged_flash3(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ..
 
 
 def attend_ragged_xformers(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...]) -> Tensor:
-    """One call in which every token asks and only valid tokens answer; the rows past the lengths are not defined."""
+    """One call in which every token asks and only valid tokens answer.
+
+    Padding must be finite, and its rows come out undefined.
+    """
     B, S = q.shape[:2]
     mask = importlib.import_module("xformers.ops.fmha.attn_bias").BlockDiagonalPaddedKeysMask
     bias = mask.from_seqlens(q_seqlen=[S] * B, kv_padding=S, kv_seqlen=list(lengths), device=q.device)

@@ -50,13 +50,13 @@ def connector_mlp(
         ValueError: shapes or dtypes do not fit; on the CPU, also if a row is not in the result (a GPU drops it).
     """
     num_rows = _check(x, w1, b1, w2, b2, rows, num_rows, out)
+    needs_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (x, w1, b1, w2, b2, out) if t is not None)
+    if out is not None and not needs_gradient:
+        _inplace_op(out, x, w1, b1, w2, b2, rows)
+        return out
     if backend_for(x, cpp=ONEDNN) == "torch":
         return connector_mlp_reference(x, w1, b1, w2, b2, rows, num_rows, out)
-    tensors = (x, w1, b1, w2, b2) if out is None else (x, w1, b1, w2, b2, out)
-    if out is None or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
-        return _forward_op(x, w1, b1, w2, b2, rows, num_rows, out)
-    _inplace_op(out, x, w1, b1, w2, b2, rows)
-    return out
+    return _forward_op(x, w1, b1, w2, b2, rows, num_rows, out)
 
 
 def connector_mlp_reference(x, w1, b1, w2, b2, rows=None, num_rows=None, out=None) -> Tensor:
