@@ -1,0 +1,39 @@
+"""Options and fixtures of the benchmarks: `pytest bench/ --rows DIR`."""
+
+import os
+from pathlib import Path
+
+import pytest
+import rows
+import torch
+from timing import CLOCK, Samples
+
+KIND = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def pytest_addoption(parser):
+    parser.addoption("--rows", metavar="DIR", help=f"append every measurement to DIR (or ${rows.ROWS_VARIABLE})")
+
+
+def pytest_collection_modifyitems(items):
+    """Measuring takes as long as it takes, by one clock: the one that replays interleaved samples."""
+    for item in items:
+        item.add_marker(pytest.mark.timeout(0))
+        item.add_marker(pytest.mark.benchmark(timer=CLOCK, disable_gc=False))
+
+
+@pytest.fixture
+def report(request, benchmark):
+    """`report(bench, case, side, dtype, samples, **more)`: show a measurement, and keep it as a row where asked."""
+    chosen = request.config.getoption("--rows") or os.environ.get(rows.ROWS_VARIABLE)
+    folder = Path(chosen) if chosen else None
+
+    def keep(bench: str, case: str, side: str, dtype: torch.dtype, samples: Samples, **more) -> None:
+        row = {"bench": bench, "case": case, "side": side, "dtype": str(dtype).removeprefix("torch.")}
+        row |= {**samples.as_row(), **more, **rows.stamp(KIND)}
+        rows.write(folder, row)
+        benchmark.group = f"{bench} {case} {row['dtype']}"
+        benchmark.extra_info.update(row)
+        CLOCK.show(benchmark, samples)
+
+    return keep

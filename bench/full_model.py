@@ -1,0 +1,141 @@
+"""UniWorld-V1 at its full size, or at the size of `tiny` for a dry run, with random weights drawn on the device."""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from peers import fill_random
+from torch import nn
+
+from uniworld.checkpoint import tiny_configs
+from uniworld.checkpoint.build import build_univa
+from uniworld.checkpoint.convert import fresh_connector_shapes, univa_config
+from uniworld.checkpoint.tiny_tokenizers import write_clip_tokenizer, write_qwen_tokenizer, write_t5_tokenizer
+from uniworld.checkpoint.weights import parameters_on_meta
+from uniworld.models.flux import FluxConfig
+from uniworld.models.prompts import PromptProcessor
+from uniworld.models.siglip import SemanticEncoder
+from uniworld.models.text_encoders import TextEncoders
+from uniworld.models.unified import UniWorld
+from uniworld.models.vae import ImageAutoencoder
+from uniworld.models.vision_processor import VisionProcessor
+
+# What differs from the configs of `tiny`: Qwen2.5-VL-7B, SigLIP2 so400m patch16 512, FLUX.1-dev, T5-XXL, CLIP-L.
+VISION = {
+    "depth": 32,
+    "fullatt_block_indexes": [7, 15, 23, 31],
+    "hidden_size": 1280,
+    "intermediate_size": 3420,
+    "num_heads": 16,
+    "out_hidden_size": 3584,
+}
+QWEN = {
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "max_position_embeddings": 128000,
+    "max_window_layers": 28,
+    "num_attention_heads": 28,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 4,
+    "rope_scaling": {"mrope_section": [16, 24, 24], "rope_type": "default", "type": "default"},
+    "vocab_size": 152064,
+}
+DENOISER = {
+    "attention_head_dim": 128,
+    "axes_dims_rope": [16, 56, 56],
+    "joint_attention_dim": 4096,
+    "num_attention_heads": 24,
+    "num_layers": 19,
+    "num_single_layers": 38,
+    "pooled_projection_dim": 768,
+}
+SIGLIP = {
+    "hidden_size": 1152,
+    "image_size": 512,
+    "intermediate_size": 4304,
+    "num_attention_heads": 16,
+    "num_hidden_layers": 27,
+}
+T5 = {"d_ff": 10240, "d_kv": 64, "d_model": 4096, "num_heads": 64, "num_layers": 24, "vocab_size": 32128}
+CLIP = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_attention_heads": 12,
+    "num_hidden_layers": 12,
+    "projection_dim": 768,
+}
+VAE = {"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "norm_num_groups": 32, "sample_size": 1024}
+
+
+def denoiser_config(full: bool) -> FluxConfig:
+    return FluxConfig.from_dict(tiny_configs.DENOISER | (DENOISER if full else {}))
+
+
+def random_uniworld(full: bool, device: str, dtype: torch.dtype) -> UniWorld:
+    """Every part with random weights on `device`; the tokenizers are those of `tiny`, which know few merges."""
+    changed = (lambda config, changes: config | changes) if full else (lambda config, changes: config)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        ids, clip_ids, t5_ids = write_tokenizers(folder)
+        tokenizers = read_tokenizers(folder)
+    qwen = changed(tiny_configs.qwen_config(ids), QWEN)
+    qwen["vision_config"] = changed(tiny_configs.VISION, VISION)
+    config = univa_config(qwen, changed(tiny_configs.DENOISER, DENOISER), ids)
+    siglip = changed(tiny_configs.SIGLIP, SIGLIP)
+    size = {"height": siglip["image_size"], "width": siglip["image_size"]}
+    with parameters_on_meta():
+        parts = build_univa(config, fresh_connector_shapes(config, siglip["hidden_size"]))
+        semantic = SemanticEncoder.from_config(siglip, tiny_configs.SIGLIP_PREPROCESSOR | {"size": size})
+        text = TextEncoders.from_config(
+            changed(tiny_configs.clip_config(clip_ids), CLIP),
+            tokenizers["clip"],
+            changed(tiny_configs.t5_config(t5_ids), T5),
+            tokenizers["t5"],
+        )
+        vae = ImageAutoencoder.from_config(changed(tiny_configs.VAE, VAE))
+    for index, module in enumerate((*parts.values(), semantic, text, vae)):
+        materialise(module, device, dtype)
+        fill_random(module, seed=index)
+    processor = PromptProcessor(tokenizers["qwen"], VisionProcessor(tiny_configs.PREPROCESSOR))
+    return UniWorld(
+        name="random weights",
+        folder=Path(),
+        config=config,
+        processor=processor,
+        semantic_encoder=semantic,
+        text_encoders=text,
+        vae=vae,
+        random_weights=True,
+        device=torch.device(device),
+        dtype=dtype,
+        **parts,
+    )
+
+
+def write_tokenizers(folder: Path) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
+    for name in ("qwen", "clip", "t5"):
+        (folder / name).mkdir()
+    qwen = write_qwen_tokenizer(folder / "qwen")
+    return qwen, write_clip_tokenizer(folder / "clip"), write_t5_tokenizer(folder / "t5")
+
+
+def read_tokenizers(folder: Path) -> dict[str, Any]:
+    from transformers import AutoTokenizer, CLIPTokenizer, Qwen2Tokenizer
+
+    classes = {"qwen": Qwen2Tokenizer, "clip": CLIPTokenizer, "t5": AutoTokenizer}
+    return {name: cls.from_pretrained(folder / name, local_files_only=True) for name, cls in classes.items()}
+
+
+def materialise(root: nn.Module, device: str, dtype: torch.dtype) -> None:
+    """Give meta parameters memory on the device, ties kept, and move buffers there; frozen and in eval mode."""
+    made: dict[int, nn.Parameter] = {}
+    for module in root.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                empty = torch.empty(parameter.shape, dtype=dtype, device=device)
+                module._parameters[name] = made.setdefault(id(parameter), nn.Parameter(empty, requires_grad=False))
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to(device)
+    root.eval()

@@ -1,0 +1,124 @@
+#!/usr/bin/env bash
+# Builds, tests and measures everything on one GPU machine, in one call of under nine minutes:
+#
+#   bash bench/gpu.sh
+#
+# Needs nothing but this repository, python3 with torch, transformers and pytest, and nvcc; no network.
+# Sections that fail or run out of time do not stop the others; a table at the end says how each went.
+#
+#   OUT       folder for rows (<bench>.jsonl), log.txt and summary.txt; default ./out
+#   WHEELS    folder of wheels (diffusers and what it needs) to use without installing them
+#   SECTIONS  which to run, default "build gpu_tests kernel_tests full_scale ops dit_step generate region_mask"
+#   DEADLINE  seconds for all sections together, default 530
+#   DRY_RUN   1 runs the same sections at a tiny size, on a CPU too
+#   PYTHON    default python3
+#   UNIWORLD_COMMIT  what rows call the commit where there is no git
+set -uo pipefail
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
+ROOT=$PWD
+OUT=${OUT:-$ROOT/out}
+WHEELS=${WHEELS:-}
+SECTIONS=${SECTIONS:-build gpu_tests kernel_tests full_scale ops dit_step generate region_mask}
+DEADLINE=${DEADLINE:-530}
+DRY_RUN=${DRY_RUN:-0}
+PYTHON=${PYTHON:-python3}
+
+mkdir -p "$OUT" || exit 1
+OUT=$(cd "$OUT" && pwd)
+LOG=$OUT/log.txt
+SUMMARY=$OUT/summary.txt
+: >"$LOG"
+printf '%-14s %10s %9s  %s\n' section rc seconds 'last line' >"$SUMMARY"
+
+SCRATCH=$(mktemp -d)
+trap 'rm -rf "$SCRATCH"' EXIT
+export PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH}
+export PYTHONUNBUFFERED=1 UNIWORLD_BENCH_ROWS=$OUT UNIWORLD_CACHE=$SCRATCH/cache
+if [ "$DRY_RUN" = 1 ]; then
+  export UNIWORLD_BENCH_SIZE=tiny
+fi
+
+remaining() { echo $((DEADLINE - SECONDS)); }
+
+wanted() { [[ " $SECTIONS " == *" $1 "* ]]; }
+
+# section NAME LIMIT COMMAND...: run it with a time limit, append its output to the log, add a line to the summary.
+section() {
+  local name=$1 limit=$2 left rc began=$SECONDS part=$SCRATCH/$1.txt
+  shift 2
+  wanted "$name" || return 0
+  left=$(remaining)
+  if [ "$left" -lt 10 ]; then
+    printf '%-14s %10s %9s  %s\n' "$name" 'not run' 0 'no time left' >>"$SUMMARY"
+    return 0
+  fi
+  [ "$limit" -lt "$left" ] || limit=$left
+  printf '\n==== %s (at most %s s): %s\n' "$name" "$limit" "$*" | tee -a "$LOG"
+  timeout -k 10 "$limit" "$@" >"$part" 2>&1
+  rc=$?
+  cat "$part" >>"$LOG"
+  tail -n 15 "$part"
+  case $rc in
+    124 | 137) rc="$rc (time)" ;;
+    5) [[ $name == *tests ]] && rc='5 (no tests)' ;;
+  esac
+  printf '%-14s %10s %9s  %s\n' "$name" "$rc" $((SECONDS - began)) "$(tail -n 1 "$part" | cut -c1-100)" >>"$SUMMARY"
+}
+
+# In a process of its own, so that a machine without a working CUDA does not end the script.
+describe_machine() {
+  nvidia-smi 2>&1 | head -n 15
+  "$PYTHON" - <<'PY'
+import platform, torch
+from importlib import metadata
+found = {}
+for name in ("torch", "triton", "transformers", "diffusers", "pybind11", "pytest", "pytest-benchmark", "setuptools"):
+    try:
+        found[name] = metadata.version(name)
+    except metadata.PackageNotFoundError:
+        found[name] = "missing"
+print("python", platform.python_version(), found)
+print("cuda", torch.version.cuda, torch.cuda.get_device_name() if torch.cuda.is_available() else "no device")
+PY
+}
+
+if [ -n "$WHEELS" ]; then
+  "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade \
+    --target "$SCRATCH/site" "$WHEELS"/*.whl 2>&1 | tee -a "$LOG"
+  export PYTHONPATH=$SCRATCH/site:$PYTHONPATH
+fi
+describe_machine 2>&1 | tee -a "$LOG"
+
+# Only the architecture of this device: three of them take three times as long.
+if [ -z "${UNIWORLD_CUDA_ARCHS:-}" ]; then
+  UNIWORLD_CUDA_ARCHS=$("$PYTHON" -c '
+import torch
+if torch.cuda.is_available():
+    major, minor = torch.cuda.get_device_capability()
+    print(f"{major}{minor}" + ("a" if major >= 9 else ""))' 2>/dev/null)
+fi
+[ -z "$UNIWORLD_CUDA_ARCHS" ] || export UNIWORLD_CUDA_ARCHS
+
+PYTEST=("$PYTHON" -m pytest -q -p no:cacheprovider)
+PARALLEL=()
+if "$PYTHON" -c 'import xdist' 2>/dev/null && [ "$(nproc)" -ge 8 ]; then
+  PARALLEL=(-n 6)
+fi
+SOME=() # what of the long sections a dry run takes
+if [ "$DRY_RUN" = 1 ]; then
+  SOME=(-k "flow_step or adaln_modulate")
+fi
+
+section build 150 "$PYTHON" setup.py build_ext --inplace
+section gpu_tests 60 "${PYTEST[@]}" "${PARALLEL[@]}" -m gpu tests
+section kernel_tests 150 "${PYTEST[@]}" "${PARALLEL[@]}" "${SOME[@]}" tests/test_kernels.py
+section full_scale 240 "${PYTEST[@]}" bench/full_scale.py
+section ops 200 "${PYTEST[@]}" "${SOME[@]}" bench/ops.py
+section dit_step 60 "${PYTEST[@]}" bench/dit_step.py
+section generate 60 "${PYTEST[@]}" bench/generate.py
+section region_mask 30 "${PYTEST[@]}" bench/region_mask.py
+
+echo
+echo "all sections: $SECONDS s" | tee -a "$SUMMARY"
+cat "$SUMMARY"

@@ -1,0 +1,124 @@
+"""One edit as the authors' inference does it, on the parts of diffusers and transformers: the peer of `Engine.edit`.
+
+Two VLM passes (routing, then embeddings), plain connectors and concatenation, diffusers' transformer with text
+projection and modulation in every step, its scheduler, its VAE. Pictures and words are prepared by the same code as
+ours, and all weights are shared, so what differs is how the model is run.
+"""
+
+import numpy as np
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from PIL import Image
+from torch import Tensor
+
+from uniworld.models import flow
+from uniworld.models.prompts import VLMInputs, chat_text
+from uniworld.models.unified import UniWorld
+from uniworld.models.vlm import rope_index
+
+
+class OriginalPipeline:
+    """Runs requests on the modules of `model`, except the DiT, which is diffusers' `transformer`."""
+
+    def __init__(self, model: UniWorld, transformer):
+        self.model, self.transformer = model, transformer
+        shift = model.time_shift
+        self.scheduler = FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True,
+            base_shift=shift.base_shift,
+            max_shift=shift.max_shift,
+            base_image_seq_len=shift.base_image_seq_len,
+            max_image_seq_len=shift.max_image_seq_len,
+        )
+
+    @torch.no_grad()
+    def draw(
+        self, images: list[Image.Image], prompt: str, *, height: int, width: int, num_inference_steps: int, seed: int
+    ) -> tuple[Tensor, Image.Image]:
+        """Packed latents [1, L, C] fp32 and the picture."""
+        device, dtype = self.model.device, self.model.dtype
+        inputs = self.model.processor.encode([chat_text(prompt, len(images))], [images])
+        self._route(inputs)
+        txt = self._text_sequence(inputs, images, prompt)
+        pooled = self.model.text_encoders.pooled([prompt]).to(dtype)
+
+        latents = flow.initial_noise(seed, height, width, self.transformer.config.in_channels // 4).to(device)
+        sigmas = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
+        config = self.scheduler.config
+        mu = flow.shift_mu(
+            latents.shape[1],
+            base_shift=config.base_shift,
+            max_shift=config.max_shift,
+            base_image_seq_len=config.base_image_seq_len,
+            max_image_seq_len=config.max_image_seq_len,
+        )
+        self.scheduler.set_timesteps(sigmas=sigmas, mu=mu, device=device)
+        guidance = torch.full((1,), 3.5, device=device, dtype=torch.float32)
+        img_ids, txt_ids = flow.image_ids(height, width, device), torch.zeros(txt.shape[1], 3, device=device)
+        for t in self.scheduler.timesteps:
+            velocity = self.transformer(
+                hidden_states=latents.to(dtype),
+                encoder_hidden_states=txt,
+                pooled_projections=pooled,
+                timestep=t.expand(1).to(latents.dtype) / 1000,
+                guidance=guidance,
+                img_ids=img_ids,
+                txt_ids=txt_ids,
+                return_dict=False,
+            )[0]
+            latents = self.scheduler.step(velocity, t, latents, return_dict=False)[0]
+        return latents, self._decode(latents, height, width)
+
+    def _states(self, inputs: VLMInputs) -> Tensor:
+        model, device = self.model.vlm.model, self.model.device
+        images = {}
+        if inputs.pixel_values is not None:
+            images["pixel_values"] = inputs.pixel_values.to(device, self.model.dtype)
+            images["image_grid_thw"] = inputs.image_grid_thw.to(device)
+        merge = self.model.vlm.merge_size
+        positions, _ = rope_index(inputs.mm_token_type_ids, inputs.attention_mask, inputs.image_grid_thw, merge)
+        output = model.model(
+            input_ids=inputs.input_ids.to(device),
+            attention_mask=inputs.attention_mask.to(device),
+            mm_token_type_ids=inputs.mm_token_type_ids.to(device),
+            position_ids=positions.to(device),
+            use_cache=False,
+            **images,
+        )
+        return output.last_hidden_state
+
+    def _route(self, inputs: VLMInputs) -> Tensor:
+        """The first VLM pass, whose only use is the task head."""
+        state = self._states(inputs)[0, inputs.assistant_positions[0]]
+        head = self.model.task_head
+        return state if head is None else head.draw_probability(state)
+
+    def _text_sequence(self, inputs: VLMInputs, images: list[Image.Image], prompt: str) -> Tensor:
+        """The second VLM pass, projected, with each image's semantic tokens before its end, and T5's behind."""
+        model = self.model
+        txt = _plain(model.denoise_projector, self._states(inputs))[0]
+        parts, start = [], 0
+        if images:
+            encoder = model.semantic_encoder
+            semantic = _plain(model.siglip_projector, encoder(encoder.preprocess(images)).to(model.dtype))
+            for tokens, end in zip(semantic, inputs.image_end_positions[0]):
+                parts += [txt[start:end], tokens]
+                start = end
+        parts.append(txt[start:])
+        if model.text_encoders.has_t5:
+            parts.append(model.text_encoders.t5_states([prompt])[0].to(model.dtype))
+        return torch.cat(parts)[None]
+
+    def _decode(self, latents: Tensor, height: int, width: int) -> Image.Image:
+        vae = self.model.vae.model
+        unpacked = flow.unpack(latents, height, width) / vae.config.scaling_factor + vae.config.shift_factor
+        pixels = vae.decode(unpacked.to(vae.dtype), return_dict=False)[0]
+        levels = (pixels[0].float() / 2 + 0.5).clamp(0, 1).permute(1, 2, 0).cpu().numpy()
+        return Image.fromarray((levels * 255).round().astype("uint8"))
+
+
+def _plain(connector, states: Tensor) -> Tensor:
+    """The connector's own layers one after the other, without the fused op."""
+    for layer in connector:
+        states = layer(states)
+    return states
