@@ -150,7 +150,7 @@ def compiled_pipeline(keep_scattered: bool):
 
 @needs_core
 def test_core_equals_opencv_on_a_large_picture():
-    """Over the row count from which rows are shared among threads, and too large for Pillow to share its pixels."""
+    """Larger than the 16 MiB up to which Pillow keeps a picture in one block that can be shared."""
     rng = np.random.default_rng(0)
     reference = rng.integers(0, 256, (2100, 2051, 3), dtype=np.uint8)
     target = np.where(rng.random((2100, 2051, 1)) < 0.05, reference ^ 64, reference)

@@ -124,7 +124,7 @@ def _to_8bit(grey: np.ndarray, mode: str) -> np.ndarray:
     low, high = grey.min(), grey.max()
     if not (low >= 0 and high <= full_scale):
         raise ValueError(f"mode {mode} has values from {low} to {high}, must lie in 0 to {full_scale}")
-    return np.rint(grey.astype(np.float64) * (255 / full_scale)).astype(np.uint8)
+    return np.rint(grey.astype(np.float32) * (255 / full_scale)).astype(np.uint8)
 
 
 def _one_line(error: Exception) -> str:
