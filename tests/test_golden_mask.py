@@ -201,6 +201,26 @@ def test_scattered_edits(backend):
         )
 
 
+@pytest.mark.parametrize("backend, core", [("auto", True), ("cpp", True), ("triton", True), ("torch", False)])
+@needs_core
+def test_forced_backend_is_taken(backend, core, monkeypatch):
+    taken = []
+    name = "_pipeline_core" if core else "region_mask_reference"
+    monkeypatch.setattr(f"uniworld.data.masks.{name}", lambda *_: (taken.append(name), (np.ones((2, 2)), 256))[1])
+    black = np.zeros((16, 16, 3), np.uint8)
+    with use_backend(backend):
+        region_mask([black], black)
+    assert taken == [name]
+
+
+def test_forced_core_that_is_missing_is_an_error(monkeypatch):
+    monkeypatch.setattr(extension, "_core", None)
+    black = np.zeros((16, 16, 3), np.uint8)
+    with use_backend("cpp"), pytest.raises(RuntimeError, match="region_mask has no C\\+\\+ version here"):
+        region_mask([black], black)
+    assert (region_mask([black], black) == 255).all()
+
+
 def test_reference_of_another_size_is_resized():
     picture = load_picture("chelsea.png")
     larger = picture.resize((896, 672), Image.Resampling.BICUBIC)

@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 
 import cv2
 import numpy as np
-import torch
 from PIL import Image, ImageChops
 
 from uniworld.kernels import extension, registry
@@ -66,8 +65,7 @@ def region_mask(
     if not references or not need_weight:
         return np.full(latent_hw, 255, np.uint8)
     references = [_resized(image, (width, height), f"references[{i}]") for i, image in enumerate(references)]
-    use_core = registry.backend_for(torch.empty(0), cpp="region_mask") == "cpp"
-    pipeline = _pipeline_core if use_core else region_mask_reference
+    pipeline = _pipeline_core if _uses_core() else region_mask_reference
     mask, num_edited = pipeline(references, target, keep_scattered)
     if num_edited == 0:
         return np.full(latent_hw, 255, np.uint8)
@@ -130,6 +128,14 @@ def _changed_region(reference: Image.Image, target: Image.Image, keep_scattered:
     if keep_scattered and not keep.any():
         keep = area >= LATENT_PX**2
     return keep[labels]
+
+
+def _uses_core() -> bool:
+    """Pictures are no tensors and have no Triton kernel: C++ where built, unless plain torch is asked for."""
+    forced = registry.forced_backend()
+    if forced == "cpp" and not extension.has("region_mask"):
+        raise RuntimeError(f"UNIWORLD_KERNELS=cpp: region_mask has no C++ version here. {extension.MISSING}")
+    return forced != "torch" and extension.has("region_mask")
 
 
 def _pipeline_core(
