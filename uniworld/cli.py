@@ -104,7 +104,7 @@ def perceive(
             metavar="TASK", help="canny, depth, hed, mlsd, normal, pose, sketch, segment or detect.", show_default=False
         ),
     ],
-    subject: Annotated[
+    target: Annotated[
         str | None, typer.Option(metavar="TEXT", help="What to segment or detect; default: everything.")
     ] = None,
     output: OutputFile = None,
@@ -119,7 +119,7 @@ def perceive(
     """
     from uniworld import cli_draw
 
-    cli_draw.perceive(image, task, subject, output or cli_draw.free_name(task), load, drawing, report)
+    cli_draw.perceive(image, task, target, output or cli_draw.free_name(task), load, drawing, report)
 
 
 @app.command()

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import (
     BarColumn,
-    DownloadColumn,
     MofNCompleteColumn,
     Progress,
     TextColumn,
@@ -33,6 +32,13 @@ NOISE_NOTE = (
     "note: the weights of model {model!r} are random, nothing was trained: "
     "the picture is noise and shows only that the whole pipeline runs"
 )
+
+OPTION_OF_FIELD = {
+    "num_inference_steps": "--steps",
+    "guidance_scale": "--guidance",
+    "true_cfg_scale": "--true-cfg",
+    "seed": "--seed",
+}
 
 Draw = Callable[["Engine", Sequence["Image.Image"], dict[str, Any]], "Result"]
 
@@ -56,7 +62,7 @@ def generate(prompt: str, output: Path, load: LoadOptions, drawing: DrawOptions,
 def perceive(
     path: Path,
     task: str,
-    subject: str | None,
+    target: str | None,
     output: Path,
     load: LoadOptions,
     drawing: DrawOptions,
@@ -64,10 +70,10 @@ def perceive(
 ) -> None:
     from uniworld.models.prompts import perception_prompt
 
-    prompt = perception_prompt(task, subject)  # refuses an unknown task before anything is loaded
+    prompt = perception_prompt(task, target)  # refuses an unknown task before anything is loaded
 
     def draw(engine: "Engine", images: Sequence["Image.Image"], settings: dict[str, Any]) -> "Result":
-        return engine.perceive(images[0], task, subject=subject, **settings)
+        return engine.perceive(images[0], task, target=target, **settings)
 
     _draw_to_file(draw, prompt, (path,), output, load, drawing, report)
 
@@ -106,14 +112,22 @@ def stderr_console(report: ReportOptions) -> Console:
 
 
 def check_request(prompt: str, images: Sequence["Image.Image"], settings: dict[str, Any]) -> None:
-    """Raise the ValueError that the engine would raise, before a model is loaded."""
+    """Raise the ValueError that the engine would raise, before a model is loaded, in terms of our options."""
     from uniworld.engine import Request
 
-    Request(prompt=prompt, images=tuple(images), **settings)
+    try:
+        Request(prompt=prompt, images=tuple(images), **settings)
+    except ValueError as error:
+        field, equals, rest = str(error).partition("=")
+        if equals and field in OPTION_OF_FIELD:
+            raise ValueError(f"{OPTION_OF_FIELD[field]} {rest}") from error
+        raise
 
 
 def load_engine(load: LoadOptions, use_t5: bool | None, report: ReportOptions) -> tuple["Engine", float]:
     """The engine that the options ask for, and the seconds it took to load."""
+    import torch
+
     from uniworld.engine import Engine
 
     silence_libraries()
@@ -122,14 +136,33 @@ def load_engine(load: LoadOptions, use_t5: bool | None, report: ReportOptions) -
         model=load.model,
         flux=load.flux,
         siglip=load.siglip,
-        device=load.device,
-        dtype=None if load.dtype == "auto" else load.dtype.value,
+        device=checked_device(load.device),
+        dtype=None if load.dtype == "auto" else getattr(torch, load.dtype.value),
         attention=load.attention,
         progress=not report.quiet,
         check_finite=load.check_finite,
         use_t5=use_t5,
     )
     return engine, time.perf_counter() - start
+
+
+def checked_device(name: str | None) -> str | None:
+    """The device as given, if this machine has it.
+
+    Raises:
+        ValueError: torch knows no such device, or there is none here.
+    """
+    import torch
+
+    if name is None:
+        return None
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device {name}: must be cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {name}: torch {torch.__version__} sees {torch.cuda.device_count()} GPUs here")
+    return name
 
 
 def silence_libraries() -> None:
@@ -192,7 +225,8 @@ def step_progress(
             progress.start()
         yield on_step
     finally:
-        progress.stop()
+        if progress.live.is_started:
+            progress.stop()
 
 
 def print_drawn(console: Console, result: "Result") -> None:
@@ -222,13 +256,5 @@ def convert(qwen: str, flux: str, siglip: str | None, output: Path, seed: int, o
     from uniworld.checkpoint.convert import convert as convert_checkpoint
 
     silence_libraries()
-    console = Console(stderr=True, quiet=quiet)
-    columns = (TextColumn("converting"), BarColumn(), DownloadColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=console.is_terminal) as progress:
-        bar = progress.add_task("", total=None)
-
-        def advance(done: int, total: int) -> None:
-            progress.update(bar, completed=done, total=total)
-
-        convert_checkpoint(qwen, flux, output, siglip=siglip, seed=seed, overwrite=overwrite, advance=advance)
+    convert_checkpoint(qwen, flux, output, siglip=siglip, seed=seed, overwrite=overwrite, progress=not quiet)
     print(output, flush=True)

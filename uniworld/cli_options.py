@@ -76,8 +76,8 @@ class LoadOptions:
 class DrawOptions:
     """How a picture is drawn."""
 
-    seed: Annotated[int | None, typer.Option(min=0, help="Same seed, same picture.", rich_help_panel=DRAW_PANEL)] = None
-    steps: Annotated[int, typer.Option(min=1, help="Denoising steps.", rich_help_panel=DRAW_PANEL)] = 28
+    seed: Annotated[int | None, typer.Option(help="Same seed, same picture.", rich_help_panel=DRAW_PANEL)] = None
+    steps: Annotated[int, typer.Option(help="Denoising steps.", rich_help_panel=DRAW_PANEL)] = 28
     size: Annotated[
         str,
         typer.Option(
@@ -86,17 +86,13 @@ class DrawOptions:
             rich_help_panel=DRAW_PANEL,
         ),
     ] = "auto"
-    guidance: Annotated[
-        float, typer.Option(min=0, help="Embedded guidance of FLUX.1-dev.", rich_help_panel=DRAW_PANEL)
-    ] = 3.5
+    guidance: Annotated[float, typer.Option(help="Embedded guidance of FLUX.1-dev.", rich_help_panel=DRAW_PANEL)] = 3.5
     negative: Annotated[
         str | None, typer.Option(metavar="TEXT", help="What to avoid; needs --true-cfg.", rich_help_panel=DRAW_PANEL)
     ] = None
     true_cfg: Annotated[
         float,
-        typer.Option(
-            min=1, help="True classifier-free guidance, twice the work; 1 is off.", rich_help_panel=DRAW_PANEL
-        ),
+        typer.Option(help="True classifier-free guidance, twice the work; 1 is off.", rich_help_panel=DRAW_PANEL),
     ] = 1.0
     t5: Annotated[
         bool | None,

@@ -148,7 +148,7 @@ def why_backend(backend: str, device_type: str, cpp: str | None) -> str:
     if backend == "cpp":
         return "oneDNN's GEMM on the CPU" if cpp == "onednn" else "C++ core on the CPU"
     if cpp is None:
-        return "no C++ version: plain torch is as fast here"
+        return "no C++ version: torch's own kernels"
     return extension.MISSING or f"the C++ core has no {cpp}"
 
 
@@ -159,7 +159,7 @@ def attention(device) -> Report:
     from uniworld.kernels.attention_backends import available_backends, choose_backend
 
     chosen = choose_backend("auto", device=device, dtype=torch.bfloat16, head_dim=128)
-    return {"backend": chosen.name, "why": chosen.reason, "available": available_backends(device)}
+    return {"backend": chosen.name, "why": chosen.why, "backends": available_backends(device)}
 
 
 def cache() -> Report:
@@ -215,7 +215,11 @@ def device_rows(device: Report) -> list[tuple[str, ...]]:
             ("CUDA of torch", device["cuda"]),
         ]
     features = ", ".join(device["features"]) or "none of interest"
-    return [("name", f"{device['name']} (cpu: {device['why']})"), ("threads", device["threads"]), ("features", features)]
+    return [
+        ("name", f"{device['name']} (cpu: {device['why']})"),
+        ("threads", device["threads"]),
+        ("features", features),
+    ]
 
 
 def core_rows(core: Report) -> list[tuple[str, ...]]:
