@@ -20,17 +20,27 @@ ConnectorShape = tuple[int, int, int]  # in, hidden, out features
 ENCODER_PREFIXES = ("text_model.", "vision_model.")
 
 
+def denoiser_config(config: Mapping[str, Any], title: str | Path = "config.json") -> dict[str, Any]:
+    """The DiT's part of a UniWorld config; other checkpoints have none."""
+    found = config.get("denoise_tower", {}).get("denoiser_config")
+    if not isinstance(found, dict):
+        raise ValueError(
+            f"{title}: config.json has no denoise_tower, so this is no UniWorld checkpoint; see `uniworld convert`"
+        )
+    return found
+
+
 def build_univa(config: Mapping[str, Any], connectors: Mapping[str, ConnectorShape]) -> dict[str, nn.Module]:
     """The parts that a UniWorld checkpoint holds, parameters on meta: vlm, denoiser and the connectors given."""
-    denoiser_config = config.get("denoise_tower", {}).get("denoiser_config")
-    if not isinstance(denoiser_config, dict):
-        raise ValueError("config.json: has no denoise_tower.denoiser_config; is this a UniWorld checkpoint?")
-    with parameters_on_meta():
-        parts = {
-            VLM: VisionLanguageModel.from_config(dict(config)),
-            DENOISER: FluxTransformer(FluxConfig.from_dict(denoiser_config)),
-        }
-        return parts | {name: Connector(*shape) for name, shape in connectors.items()}
+    try:
+        with parameters_on_meta():
+            parts = {
+                VLM: VisionLanguageModel.from_config(dict(config)),
+                DENOISER: FluxTransformer(FluxConfig.from_dict(denoiser_config(config))),
+            }
+            return parts | {name: Connector(*shape) for name, shape in connectors.items()}
+    except KeyError as error:
+        raise ValueError(f"config.json: has no {error.args[0]}") from error
 
 
 def checkpoint_module(part: str, module: nn.Module) -> nn.Module:

@@ -12,9 +12,16 @@ import torch
 from torch import nn
 
 from uniworld.checkpoint import locate
-from uniworld.checkpoint.build import build_univa, connector_shapes, encoder_plan, read_config, univa_plan
+from uniworld.checkpoint.build import (
+    build_univa,
+    connector_shapes,
+    denoiser_config,
+    encoder_plan,
+    read_config,
+    univa_plan,
+)
 from uniworld.checkpoint.connector_files import override_connectors
-from uniworld.checkpoint.names import CONNECTORS, DENOISER, VLM
+from uniworld.checkpoint.names import CONNECTORS
 from uniworld.checkpoint.precision import checked_dtype, default_device, default_dtype, vae_dtype
 from uniworld.checkpoint.progress import byte_progress
 from uniworld.checkpoint.save import TASK_HEAD_FILE
@@ -24,6 +31,7 @@ from uniworld.models.prompts import VISION_END, VISION_START, PromptProcessor
 from uniworld.models.siglip import SemanticEncoder
 from uniworld.models.task_head import TaskHead
 from uniworld.models.text_encoders import TextEncoders
+from uniworld.models.tokenizers import load_tokenizer
 from uniworld.models.unified import FULL_ANCHOR_PX, TimeShift, UniWorld
 from uniworld.models.vae import ImageAutoencoder
 from uniworld.models.vision_processor import VisionProcessor
@@ -31,7 +39,6 @@ from uniworld.models.vision_processor import VisionProcessor
 TINY = "tiny"
 FLUX_EXAMPLE = "black-forest-labs/FLUX.1-dev"
 SIGLIP_EXAMPLE = "google/siglip2-so400m-patch16-512"
-TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "spiece.model")
 UNUSED_SIGLIP_KEYS = ("text_model.", "logit_scale", "logit_bias", "vision_model.head.")
 
 
@@ -51,7 +58,7 @@ def load_uniworld(
     siglip: str | Path | None = None,
     *,
     device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     progress: bool = True,
     check_finite: bool = False,
     use_t5: bool | None = None,
@@ -82,22 +89,19 @@ def load_uniworld(
     device = default_device() if device is None else torch.device(device)
     dtype = checked_dtype(dtype or default_dtype(device, tiny=str(model) == TINY))
     folders = _find(model, flux, siglip, use_t5)
-    config = _complete(read_config(folders.model), folders.model)
+    config = read_config(folders.model)
+    denoiser_config(config, folders.model)  # says at once that a folder is no UniWorld checkpoint
     processor = _processor(folders.model)
     _fill_token_ids(config, processor)
 
-    univa, parts = _plan_univa(folders.model, config, device, dtype)
-    semantic, semantic_plan = _plan_siglip(folders.siglip, device, dtype)
-    text_encoders, text_plans = _plan_text_encoders(folders, device, dtype)
-    vae, vae_plan = _plan_vae(folders.flux, device, vae_dtype(device, dtype))
-    task_head = _task_head(folders.model, device, dtype)
-    time_shift = _time_shift(folders.flux)
-
-    plans = [univa, semantic_plan, *text_plans, vae_plan]
+    parts, plans = _plan_all(folders, config, device, dtype)
+    time_shift, task_head = _time_shift(folders.flux), _task_head(folders.model, device, dtype)
     for plan in plans:
         plan.check()
     with byte_progress(f"Loading {model}", sum(plan.num_bytes for plan in plans), progress) as advance:
         fill(plans, check_finite=check_finite, advance=advance)
+    for part in parts.values():
+        part.eval()
     if connectors is not None:
         override_connectors({name: parts[name] for name in CONNECTORS if name in parts}, Path(connectors))
 
@@ -106,13 +110,8 @@ def load_uniworld(
         name=str(model),
         folder=folders.model,
         config=config,
-        vlm=parts.pop(VLM),
-        denoiser=parts.pop(DENOISER),
-        **parts,
         processor=processor,
-        semantic_encoder=semantic,
-        text_encoders=text_encoders,
-        vae=vae,
+        **parts,
         task_head=task_head,
         time_shift=time_shift,
         anchor_px=settings.get("anchor_px", FULL_ANCHOR_PX),
@@ -135,28 +134,17 @@ def _find(model: str | Path, flux: str | Path | None, siglip: str | Path | None,
     return Folders(folder, flux_folder, siglip_folder, has_t5 and use_t5 is not False)
 
 
-def _complete(config: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Refuse a folder that is no UniWorld checkpoint in words that help."""
-    if "denoise_tower" not in config:
-        raise ValueError(
-            f"{folder}: config.json has no denoise_tower, so this is no UniWorld checkpoint; see `uniworld convert`"
-        )
-    return config
-
-
 def _processor(folder: Path) -> PromptProcessor:
-    from transformers import Qwen2Tokenizer
-
-    tokenizer = _tokenizer(Qwen2Tokenizer, folder)
+    tokenizer = _tokenizer("Qwen2Tokenizer", folder)
     return PromptProcessor(tokenizer, VisionProcessor(locate.read_json(folder / "preprocessor_config.json")))
 
 
-def _tokenizer(cls: Any, folder: Path) -> Any:
+def _tokenizer(name: str, folder: Path) -> Any:
     """A transformers tokenizer from local files, with an error that names the folder."""
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        raise FileNotFoundError(f"{folder}: has no tokenizer files")
     try:
-        return cls.from_pretrained(folder, local_files_only=True)
+        return load_tokenizer(folder, name)
+    except FileNotFoundError:
+        raise
     except Exception as error:  # the tokenizers library raises plain Exceptions for malformed files
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ValueError(f"{folder}: tokenizer cannot be read ({reason})") from error
@@ -167,6 +155,18 @@ def _fill_token_ids(config: dict[str, Any], processor: PromptProcessor) -> None:
     for field, token in (("image_begin_token_id", VISION_START), ("image_end_token_id", VISION_END)):
         if config.get(field) is None:
             config[field] = processor.tokenizer.convert_tokens_to_ids(token)
+
+
+def _plan_all(
+    folders: Folders, config: dict[str, Any], device: torch.device, dtype: torch.dtype
+) -> tuple[dict[str, nn.Module], list[Plan]]:
+    """Every module of a `UniWorld` by the name of its field, still without weights, and the plans that fill them."""
+    univa, parts = _plan_univa(folders.model, config, device, dtype)
+    semantic, semantic_plan = _plan_siglip(folders.siglip, device, dtype)
+    text_encoders, text_plans = _plan_text_encoders(folders, device, dtype)
+    vae, vae_plan = _plan_vae(folders.flux, device, vae_dtype(device, dtype))
+    encoders = {"semantic_encoder": semantic, "text_encoders": text_encoders, "vae": vae}
+    return parts | encoders, [univa, semantic_plan, *text_plans, vae_plan]
 
 
 def _plan_univa(
@@ -187,11 +187,9 @@ def _plan_siglip(folder: Path, device: torch.device, dtype: torch.dtype) -> tupl
 def _plan_text_encoders(
     folders: Folders, device: torch.device, dtype: torch.dtype
 ) -> tuple[TextEncoders, list[Plan]]:
-    from transformers import AutoTokenizer, CLIPTokenizer
-
     clip, t5 = folders.flux / "text_encoder", folders.flux / "text_encoder_2"
-    clip_tokenizer = _tokenizer(CLIPTokenizer, folders.flux / "tokenizer")
-    t5_parts = (read_config(t5), _tokenizer(AutoTokenizer, folders.flux / "tokenizer_2")) if folders.t5 else ()
+    clip_tokenizer = _tokenizer("CLIPTokenizer", folders.flux / "tokenizer")
+    t5_parts = (read_config(t5), _tokenizer("T5Tokenizer", folders.flux / "tokenizer_2")) if folders.t5 else ()
     with parameters_on_meta():
         encoders = TextEncoders.from_config(read_config(clip), clip_tokenizer, *t5_parts)
     plans = [encoder_plan(clip, encoders.clip, device, dtype)]

@@ -39,8 +39,10 @@ def vae_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
     return torch.float32
 
 
-def checked_dtype(dtype: torch.dtype) -> torch.dtype:
-    if dtype not in LOADABLE:
-        names = ", ".join(str(d).removeprefix("torch.") for d in LOADABLE)
-        raise ValueError(f"dtype={dtype}: must be one of {names}")
-    return dtype
+def checked_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    """The dtype itself, or by its name ("bfloat16"); ValueError for one that no model can be loaded in."""
+    names = {str(known).removeprefix("torch."): known for known in LOADABLE}
+    name = str(dtype).removeprefix("torch.")
+    if name not in names:
+        raise ValueError(f"dtype={name}: must be one of {', '.join(names)}")
+    return names[name]

@@ -8,13 +8,14 @@ import secrets
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from uniworld.checkpoint.names import authors_names
-from uniworld.models.unified import UniWorld
+from uniworld.models.unified import FULL_ANCHOR_PX, UniWorld
 
 MAX_SHARD_BYTES = 5_000_000_000
 TASK_HEAD_FILE = "task_head_final.pt"
@@ -145,6 +146,15 @@ def authors_tensors(model: UniWorld) -> Iterable[tuple[str, Tensor]]:
             yield from zip(keys, tensor.detach().chunk(len(keys)) if len(keys) > 1 else [tensor.detach()])
 
 
+def saved_config(model: UniWorld) -> dict[str, Any]:
+    """The checkpoint's config with what may have changed since loading: dtype, picture area, whether it is trained."""
+    config = {**model.config, "torch_dtype": str(model.dtype).removeprefix("torch.")}
+    if "uniworld" in config or model.anchor_px != FULL_ANCHOR_PX or model.random_weights:
+        own = {"anchor_px": model.anchor_px, "random_weights": model.random_weights}
+        config["uniworld"] = {**config.get("uniworld", {}), **own}
+    return config
+
+
 def save_uniworld(
     model: UniWorld, folder: str | Path, max_shard_bytes: int = MAX_SHARD_BYTES, *, overwrite: bool = False
 ) -> Path:
@@ -162,7 +172,7 @@ def save_uniworld(
         for key, tensor in authors_tensors(model):
             writer.add(key, tensor)
         writer.finish()
-        write_json(temporary / "config.json", model.config)
+        write_json(temporary / "config.json", saved_config(model))
         copy_side_files(model.folder, temporary)
         if model.task_head is not None:
             state = {name: tensor.detach().cpu() for name, tensor in model.task_head.state_dict().items()}

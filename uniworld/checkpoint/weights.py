@@ -95,7 +95,7 @@ def read_headers(files: Iterable[Path]) -> dict[str, Header]:
     headers = {}
     for path in files:
         with open_weights(path) as file:
-            for key in file.keys():  # noqa: SIM118 (not a dict)
+            for key in file.offset_keys():  # in the order in which they lie in the file
                 if key in headers:
                     raise ValueError(f"{path}: {key} is also in {headers[key].path.name}")
                 view = file.get_slice(key)
@@ -167,7 +167,6 @@ def fill(plans: list[Plan], *, check_finite: bool = False, advance: Callable[[in
                     advance(plan.headers[name].num_bytes)
         for module in {id(t.module): t.module for t in plan.targets.values()}.values():
             move_buffers(module, plan.device)
-            module.eval()
 
 
 def _fill_one(plan: Plan, name: str, file, check_finite: bool) -> None:
@@ -190,10 +189,11 @@ def _fill_one(plan: Plan, name: str, file, check_finite: bool) -> None:
 
 
 def moved(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """`tensor` on `device` in `dtype`, in memory of its own (never the mapped file's)."""
-    owned = tensor.untyped_storage().nbytes() == tensor.nbytes
-    if owned and tensor.device == device and tensor.dtype == dtype:
-        return tensor
+    """A copy of `tensor` on `device` in `dtype`.
+
+    Also where neither changes: a tensor read from a safetensors file is a view of the mapped file, whose pages would
+    be evicted, be faulted in during the first step, and fail when the file changes.
+    """
     return torch.empty(tensor.shape, dtype=dtype, device=device).copy_(tensor)
 
 
