@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from PIL import Image
@@ -15,7 +15,7 @@ from uniworld.engine.chat import ChatReply, parse_messages
 from uniworld.engine.conditioner import Conditioner
 from uniworld.engine.decoder import Decoder
 from uniworld.engine.denoiser import Denoiser
-from uniworld.engine.request import Job, Request, Result, draw_seed
+from uniworld.engine.request import DrawingSettings, Job, Request, Result, draw_seed
 from uniworld.engine.scheduler import Scheduler
 from uniworld.kernels.attention_backends import choose_backend
 from uniworld.models.image_size import output_size
@@ -82,7 +82,7 @@ class Engine:
         )
         return cls(loaded, attention=attention, max_batch_size=max_batch_size)
 
-    def edit(self, images: ImageLike | Sequence[ImageLike], prompt: str, **settings: Any) -> Result:
+    def edit(self, images: ImageLike | Sequence[ImageLike], prompt: str, **settings: Unpack[DrawingSettings]) -> Result:
         """Redraw reference images as `prompt` asks.
 
         Args:
@@ -99,11 +99,13 @@ class Engine:
         request = Request(prompt=prompt, images=tuple(read_image(image) for image in references), **settings)
         return self.run([request])[0]
 
-    def generate(self, prompt: str, **settings: Any) -> Result:
+    def generate(self, prompt: str, **settings: Unpack[DrawingSettings]) -> Result:
         """Draw a picture from text alone; `settings` as for `edit`."""
         return self.run([Request(prompt=prompt, **settings)])[0]
 
-    def perceive(self, image: ImageLike, task: str, target: str | None = None, **settings: Any) -> Result:
+    def perceive(
+        self, image: ImageLike, task: str, target: str | None = None, **settings: Unpack[DrawingSettings]
+    ) -> Result:
         """Draw what `task` sees in `image`: canny, depth, hed, mlsd, normal, pose, sketch, segment or detect.
 
         `target` names the object of segment and detect; `settings` as for `edit`.
@@ -119,7 +121,7 @@ class Engine:
         temperature: float = 0.0,
         top_p: float = 1.0,
         on_text: Callable[[str], None] | None = None,
-        **settings: Any,
+        **settings: Unpack[DrawingSettings],
     ) -> ChatReply:
         """Answer a conversation in text or with a picture.
 
@@ -143,7 +145,7 @@ class Engine:
         if mode == "image" or (probability is not None and probability >= 0.5):
             result = self._finish([job])[job.id]
             return ChatReply(text="", images=result.images, result=result, draw_probability=probability)
-        sampling = dict(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=job.seed)
+        sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": job.seed}
         text = self.conditioner.answer(job.reading, on_text=on_text, **sampling)
         return ChatReply(text=text, images=[], draw_probability=probability)
 

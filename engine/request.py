@@ -9,7 +9,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
-from typing import Any
+from typing import Any, TypedDict
 
 from PIL import Image
 from torch import Tensor
@@ -41,6 +41,23 @@ class StepInfo:
     num_inference_steps: int
     sigma: float
     latents: Tensor  # packed [1, L, C] fp32, this request's only
+
+
+class DrawingSettings(TypedDict, total=False):
+    """The optional fields of a `Request`, as `Engine.edit`, `generate`, `perceive` and `chat` take them."""
+
+    height: int | None
+    width: int | None
+    num_inference_steps: int
+    guidance_scale: float
+    true_cfg_scale: float
+    negative_prompt: str | None
+    seed: int | None
+    latents: Tensor | None
+    use_t5: bool | None
+    pooled_prompt: str | None
+    vae_tiling: bool
+    on_step: Callable[["StepInfo"], bool | None] | None
 
 
 @dataclass(frozen=True, kw_only=True)

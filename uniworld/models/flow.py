@@ -8,6 +8,10 @@ import math
 import torch
 from torch import Tensor
 
+from uniworld.kernels.flow_noise import pack
+
+__all__ = ["image_ids", "initial_noise", "pack", "shift_mu", "sigmas", "time_shift", "unpack"]
+
 LATENT_SCALE = 8  # pixels a latent, along each axis
 TOKEN_PX = 16  # pixels a packed token, along each axis
 
@@ -45,13 +49,6 @@ def sigmas(num_inference_steps: int, num_tokens: int, **shift: float) -> Tensor:
     linear = torch.linspace(1.0, 1.0 / num_inference_steps, num_inference_steps, dtype=torch.float64)
     shifted = time_shift(linear, shift_mu(num_tokens, **shift))
     return torch.cat([shifted, shifted.new_zeros(1)]).to(torch.float32)
-
-
-def pack(latents: Tensor) -> Tensor:
-    """[B, C, h, w] -> [B, (h/2)(w/2), 4C]: 2x2 neighbours become channels, index c * 4 + dy * 2 + dx."""
-    B, C, h, w = latents.shape
-    latents = latents.view(B, C, h // 2, 2, w // 2, 2)
-    return latents.permute(0, 2, 4, 1, 3, 5).reshape(B, (h // 2) * (w // 2), C * 4)
 
 
 def unpack(packed: Tensor, height: int, width: int) -> Tensor:
