@@ -97,7 +97,7 @@ def core_extension():
     )
 
 
-PACKAGES = ["uniworld", "uniworld.models", "uniworld.checkpoint", "uniworld.data", "uniworld.engine", "uniworld.kernels"]
+PACKAGES = ["uniworld", *(f"uniworld.{room}" for room in ("kernels", "models", "checkpoint", "data", "engine"))]
 
 setup(
     packages=PACKAGES,
