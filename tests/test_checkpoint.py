@@ -373,8 +373,10 @@ def test_damaged_config(folders, tmp_path):
 
 
 def test_dtypes_that_weights_cannot_have(folders):
-    with pytest.raises(ValueError, match="dtype=torch.int8: must be one of bfloat16"):
-        load_golden(folders, dtype=torch.int8)
+    for dtype in (torch.int8, "int8"):
+        with pytest.raises(ValueError, match="dtype=int8: must be one of bfloat16"):
+            load_golden(folders, dtype=dtype)
+    assert load_golden(folders, dtype="bfloat16").dtype == torch.bfloat16
 
 
 # Subfolders, the Hub, exports of the training stages

@@ -74,8 +74,8 @@ def load_uniworld(
             `flux/` inside the model's.
         siglip: SigLIP, Hub id or folder; by default `siglip/` inside the model's.
         device: a GPU where there is one, else the CPU.
-        dtype: bf16 on a GPU and on CPUs with native bf16, else fp32; `tiny` is fp32 on every CPU. The VAE takes it on a
-            GPU and fp32 on a CPU.
+        dtype: or its name; by default bf16 on a GPU and on CPUs with native bf16, else fp32; `tiny` is fp32 on every
+            CPU. The VAE takes it on a GPU and fp32 on a CPU.
         progress: draw a progress bar on stderr.
         check_finite: refuse NaN and infinities, naming the tensor.
         use_t5: None loads T5 where the FLUX folder holds it, True requires it, False leaves it out (9.5 GB).
