@@ -82,6 +82,21 @@ def test_fused_rows_are_q_k_v():
     assert names.diffusers_names(f"{prefix}to_out.0.weight") == (f"{prefix}to_out.0.weight",)
 
 
+def test_full_scale_denoiser_has_the_keys_and_shapes_of_diffusers():
+    from diffusers import FluxTransformer2DModel
+
+    from uniworld.models.flux import FluxConfig, FluxTransformer
+
+    with torch.device("meta"):
+        reference = FluxTransformer2DModel(guidance_embeds=True)  # diffusers' defaults are FLUX.1's sizes
+    with parameters_on_meta():
+        mine = FluxTransformer(FluxConfig.from_dict(dict(reference.config)))
+    targets = module_targets(mine, names.diffusers_names)
+    expected = {name: tuple(p.shape) for name, p in reference.named_parameters()}
+    assert {key: target.shape for key, target in targets.items()} == expected
+    assert sum(p.numel() for p in mine.parameters()) > 11e9
+
+
 def test_foreign_keys_have_no_place():
     assert names.place("denoise_tower.other.weight") is None
     assert names.place("encoder.weight") is None
