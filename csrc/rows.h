@@ -11,7 +11,7 @@
 #include <type_traits>
 #include <vector>
 
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__)
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__)  // the loader must know how to pick
 #define UNIWORLD_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
 #define UNIWORLD_CLONES

@@ -26,7 +26,7 @@ def adaln_modulate(x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6) -
     Returns: [B, L, D], dtype of x; statistics and arithmetic are fp32.
 
     Raises:
-        ValueError: a shape or a dtype does not fit x.
+        ValueError: a shape, a dtype or a device does not fit x.
     """
     check_modulation(x, scale=scale, shift=shift)
     if backend_for(x, cpp="adaln_modulate") == "torch":
@@ -40,15 +40,15 @@ def adaln_modulate_reference(x: Tensor, scale: Tensor, shift: Tensor, eps: float
 
 
 def check_modulation(x: Tensor, **vectors: Tensor) -> None:
-    """Refuse per-sample vectors that are not [B, D] of x's dtype."""
+    """Refuse per-sample vectors that are not [B, D] of x's dtype and device."""
     if x.ndim != 3:
         raise ValueError(f"x={tuple(x.shape)}: must be [batch, tokens, channels]")
     expected = (x.shape[0], x.shape[2])
     for name, vector in vectors.items():
         if tuple(vector.shape) != expected:
             raise ValueError(f"{name}={tuple(vector.shape)}: must be {expected} for x of {tuple(x.shape)}")
-        if vector.dtype != x.dtype:
-            raise ValueError(f"{name}.dtype={vector.dtype}: must be {x.dtype} as x")
+        if vector.dtype != x.dtype or vector.device != x.device:
+            raise ValueError(f"{name}: {vector.dtype} on {vector.device}, must be {x.dtype} on {x.device} as x")
 
 
 @triton.jit

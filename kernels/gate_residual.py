@@ -33,7 +33,7 @@ def gate_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     Returns: [B, L, D], dtype of x.
 
     Raises:
-        ValueError: a shape or a dtype does not fit x.
+        ValueError: a shape, a dtype or a device does not fit x.
     """
     _check(x, y, gate=gate)
     if backend_for(x, cpp="gate_residual") == "torch":
@@ -58,7 +58,7 @@ def gate_residual_adaln(
     Returns: residual and modulated, each [B, L, D], dtype of x. The norm sees the sum before it is rounded.
 
     Raises:
-        ValueError: a shape or a dtype does not fit x.
+        ValueError: a shape, a dtype or a device does not fit x.
     """
     _check(x, y, gate=gate, scale=scale, shift=shift)
     if backend_for(x, cpp="gate_residual_adaln") == "torch":
@@ -75,8 +75,9 @@ def gate_residual_adaln_reference(
 
 def _check(x: Tensor, y: Tensor, **vectors: Tensor) -> None:
     check_modulation(x, **vectors)
-    if y.shape != x.shape or y.dtype != x.dtype:
-        raise ValueError(f"y={tuple(y.shape)} {y.dtype}: must be {tuple(x.shape)} {x.dtype} as x")
+    if y.shape != x.shape or y.dtype != x.dtype or y.device != x.device:
+        allowed = f"{tuple(x.shape)} {x.dtype} on {x.device} as x"
+        raise ValueError(f"y={tuple(y.shape)} {y.dtype} on {y.device}: must be {allowed}")
 
 
 @triton.jit

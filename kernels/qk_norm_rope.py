@@ -46,7 +46,7 @@ def qk_norm_rope(
         gradients asked for, v is a view of img_qkv.
 
     Raises:
-        ValueError: a shape or a dtype does not fit.
+        ValueError: a shape, a dtype or a device does not fit.
     """
     _check(img_qkv, img_q_weight, img_k_weight, cos, sin, txt_qkv, txt_q_weight, txt_k_weight, num_heads)
     arguments = (img_qkv, img_q_weight, img_k_weight, cos, sin, txt_qkv, txt_q_weight, txt_k_weight)
@@ -111,6 +111,9 @@ def _check(img_qkv, img_q_weight, img_k_weight, cos, sin, txt_qkv, txt_q_weight,
         if txt_qkv.ndim != 3 or (txt_qkv.shape[0], txt_qkv.shape[2]) != (B, width) or txt_qkv.dtype != img_qkv.dtype:
             allowed = f"({B}, tokens, {width}) {img_qkv.dtype} as img_qkv"
             raise ValueError(f"txt_qkv={tuple(txt_qkv.shape)} {txt_qkv.dtype}: must be {allowed}")
+    for name, tensor in {**weights, "cos": cos, "sin": sin, "txt_qkv": txt_qkv}.items():
+        if tensor is not None and tensor.device != img_qkv.device:
+            raise ValueError(f"{name}.device={tensor.device}: must be {img_qkv.device} as img_qkv")
     for name, weight in weights.items():
         if weight is None or tuple(weight.shape) != (head,):
             raise ValueError(f"{name}={None if weight is None else tuple(weight.shape)}: must be ({head},)")
