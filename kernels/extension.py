@@ -7,7 +7,7 @@ import torch
 HAS_ONEDNN = torch.backends.mkldnn.is_available()
 
 try:
-    from uniworld.kernels import _core
+    import uniworld.kernels._core as _core
 except ImportError as error:
     _core = None
     MISSING = f"the C++ core is not built ({error}); reinstall with a C++ compiler on the PATH"

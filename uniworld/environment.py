@@ -149,7 +149,7 @@ def why_backend(backend: str, device_type: str, cpp: str | None) -> str:
         return "oneDNN's GEMM on the CPU" if cpp == "onednn" else "C++ core on the CPU"
     if cpp is None:
         return "no C++ version: torch's own kernels"
-    return extension.MISSING or f"the C++ core has no {cpp}"
+    return "the C++ core is not built" if extension.MISSING else f"the C++ core has no {cpp}"
 
 
 def attention(device) -> Report:
@@ -195,6 +195,8 @@ def tables(report: Report) -> list[Table]:
 
 def rows(title: str, cells: list[tuple[str, ...]]) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", show_header=False, box=None, pad_edge=False)
+    for _ in range(max(map(len, cells), default=0)):
+        table.add_column(overflow="fold")  # a reason is shown whole, never cut
     for cell in cells:
         table.add_row(*map(str, cell))
     return table
