@@ -97,10 +97,10 @@ def core_extension():
     )
 
 
-PACKAGES = ["uniworld", *(f"uniworld.{room}" for room in ("kernels", "models", "checkpoint", "data", "engine"))]
+ROOMS = ("kernels", "models", "checkpoint", "engine", "data", "train")
 
 setup(
-    packages=PACKAGES,
+    packages=["uniworld", *(f"uniworld.{room}" for room in ROOMS)],
     package_dir={"uniworld": "uniworld", "uniworld.engine": "engine", "uniworld.kernels": "kernels"},
     ext_modules=[core_extension()],
     cmdclass={"build_ext": BuildCore},

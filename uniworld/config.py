@@ -1,0 +1,331 @@
+"""Training configuration: frozen dataclasses, read from YAML with dotted overrides, and written back resolved.
+
+`load_config("configs/stage1_512.yaml", ["optim.lr=1e-4"])` refuses unknown keys and names the nearest known one.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Where the weights come from."""
+
+    path: str = "tiny"
+    """"tiny", a Hub id or a folder in the authors' layout (`uniworld convert` makes a starting one)."""
+    flux: str | None = None
+    """FLUX.1-dev folder or Hub id; by default `flux/` inside the model's folder."""
+    siglip: str | None = None
+    """SigLIP2 folder or Hub id; by default `siglip/` inside the model's folder."""
+    connectors: str | None = None
+    """Folder with `denoise_projector.bin` or `siglip_projector.bin` of an earlier stage, to start from."""
+    use_t5: bool = False
+    """Condition on T5 states too. The released model never trained with T5."""
+    attention: str = "auto"
+    """Attention backend of the DiT; see `uniworld env`."""
+    lora_rank: int | None = None
+    """Train LoRA factors of this rank on the DiT's linears (needs peft) instead of the weights themselves."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """One source of training samples."""
+
+    path: str
+    """`data.txt` of the authors' layout, WebDataset shards ("shard-{000..031}.tar") or a parquet/datasets folder."""
+    kind: Literal["auto", "authors", "webdataset", "parquet"] = "auto"
+    """How to read `path`; "auto" goes by its suffix."""
+    weight: float = 1.0
+    """Share of this source among the samples drawn, relative to the other sources' weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What is trained on, and in which shape."""
+
+    sources: tuple[SourceConfig, ...] = ()
+    """At least one, unless `precomputed` is given."""
+    precomputed: str | None = None
+    """Folder written by `uniworld precompute`; replaces `sources` and the encoders."""
+    anchor_px: int = 512 * 512
+    """Area of the target pictures in pixels."""
+    num_ratios: Literal[1, 5, 7, 9, 11] = 11
+    """Aspect ratios the targets are sorted into."""
+    vlm_max_px: int = 448 * 448
+    """Area of a reference picture as the VLM sees it, in pixels."""
+    batch_size: int = 1
+    """Samples a step and rank; all of one bucket."""
+    drop_prompt_rate: float = 0.0
+    """Share of samples whose instruction is dropped (for classifier-free guidance); pictures stay."""
+    region_weight: Literal["none", "linear", "exp", "log", "sqrt"] = "log"
+    """How the loss weight of edited latents grows with total area / edited area."""
+    keep_scattered: bool = False
+    """Keep many small scattered edits in the region mask, which the authors' rule drops."""
+    max_bad_share: float = 0.01
+    """Stop the run with a table when more than this share of the samples read could not be used."""
+    num_workers: int = 2
+    """Loader processes a rank; 0 loads in the training process."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """Which parameters learn."""
+
+    preset: Literal["stage1", "stage2", "siglip_mlp", "custom"] = "stage1"
+    """stage1: the VLM connector. stage2: both connectors and the DiT's image branch. siglip_mlp: that MLP alone."""
+    patterns: tuple[str, ...] = ()
+    """Glob patterns over parameter names, for preset "custom"."""
+    use_siglip: bool | None = None
+    """Insert semantic tokens; by default off in stage 1, on else."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowConfig:
+    """How noise levels are drawn."""
+
+    density: Literal["logit_normal", "mode", "uniform"] = "logit_normal"
+    """Density of sigma before the shift."""
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+    mode_scale: float = 1.29
+    weighting: Literal["none", "sigma_sqrt", "cosmap"] = "none"
+    """Loss weight as a function of sigma."""
+    guidance_scale: float = 1.0
+    """Guidance embedding during training."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """Optimizer and schedule."""
+
+    name: Literal["adamw", "prodigy", "adamw8bit"] = "adamw"
+    lr: float = 1e-3
+    """Peak learning rate; 1.0 for Prodigy."""
+    betas: tuple[float, float] = (0.9, 0.99)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """After the warm-up: hold, fall linearly or along a cosine to 0 at `num_steps`."""
+    warmup_steps: int = 0
+    clip_norm: float = 1.0
+    """Largest norm of the gradient over all trained parameters; 0 never clips."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardingConfig:
+    """DeepSpeed."""
+
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    """Compute dtype; ZeRO keeps an fp32 master copy of what is trained in bf16."""
+    accumulation_steps: int = 1
+    """Micro-batches whose gradients are summed before an update."""
+    checkpoint_blocks: tuple[Literal["double", "single"], ...] = ()
+    """Kinds of DiT block whose activations are recomputed in the backward pass."""
+    compile_blocks: bool = False
+    """Run the DiT's blocks through `torch.compile`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EMAConfig:
+    """Exponential moving average of the trained parameters, sharded over the ranks."""
+
+    enabled: bool = True
+    decay: float = 0.999
+    min_decay: float = 0.0
+    update_after_step: int = 0
+    warmup: bool = False
+    """1 - (1 + s / inv_gamma)^-power instead of (1 + s) / (10 + s)."""
+    inv_gamma: float = 1.0
+    power: float = 2 / 3
+    source: Literal["master", "params"] = "master"
+    """Average the optimizer's fp32 master weights, or the compute parameters as the original does."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When and how to save."""
+
+    every_steps: int = 500
+    keep: int = 3
+    """Checkpoints kept; older ones are deleted once a newer one is complete."""
+    asynchronous: bool = False
+    """Write in the background while training goes on."""
+    resume: str = "auto"
+    """"auto" goes on from the newest complete checkpoint of the run folder, "never" starts anew, or a checkpoint."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationConfig:
+    """Pictures drawn during training with the EMA weights."""
+
+    every_steps: int = 0
+    """0 draws none."""
+    prompts: tuple[str, ...] = ()
+    images: tuple[str, ...] = ()
+    """One reference picture a prompt, or none at all."""
+    num_inference_steps: int = 28
+    guidance_scale: float = 3.5
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A training run."""
+
+    run_dir: str = "runs/stage1"
+    """Checkpoints, metrics and the resolved config go here."""
+    num_steps: int = 1000
+    """Optimizer updates in all."""
+    seed: int = 0
+    max_bad_steps: int = 10
+    """Stop after this many steps in a row with a loss or gradient that is not finite."""
+    log_every_steps: int = 1
+    tensorboard: bool = False
+    wandb_project: str | None = None
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    stage: StageConfig = field(default_factory=StageConfig)
+    flow: FlowConfig = field(default_factory=FlowConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    sharding: ShardingConfig = field(default_factory=ShardingConfig)
+    ema: EMAConfig = field(default_factory=EMAConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+
+    def __post_init__(self):
+        positive = {
+            "num_steps": self.num_steps,
+            "data.batch_size": self.data.batch_size,
+            "data.anchor_px": self.data.anchor_px,
+            "sharding.accumulation_steps": self.sharding.accumulation_steps,
+            "checkpoint.every_steps": self.checkpoint.every_steps,
+            "checkpoint.keep": self.checkpoint.keep,
+            "max_bad_steps": self.max_bad_steps,
+        }
+        for name, value in positive.items():
+            if value < 1:
+                raise ValueError(f"{name}={value}: must be at least 1")
+        for name, value in {"data.drop_prompt_rate": self.data.drop_prompt_rate, "ema.decay": self.ema.decay}.items():
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name}={value}: must be from 0 to 1")
+        if self.optim.lr <= 0:
+            raise ValueError(f"optim.lr={self.optim.lr}: must be above 0")
+        if (self.stage.preset == "custom") != bool(self.stage.patterns):
+            raise ValueError(f"stage.patterns={list(self.stage.patterns)}: go with preset custom, and only with it")
+        if self.validation.images and len(self.validation.images) != len(self.validation.prompts):
+            raise ValueError("validation.images: give one a prompt, or none")
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """Read a YAML file, apply `a.b=value` overrides (values are YAML), and check everything.
+
+    Raises: ValueError naming the key, the value and what is allowed; FileNotFoundError.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such config file")
+    try:
+        tree = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
+    for override in overrides:
+        _override(tree, override)
+    return from_dict(TrainConfig, tree)
+
+
+def _override(tree: dict[str, Any], override: str) -> None:
+    dotted, equals, text = override.partition("=")
+    if not equals:
+        raise ValueError(f"override {override!r}: must be key=value, such as optim.lr=1e-4")
+    *parents, last = dotted.split(".")
+    for parent in parents:
+        tree = tree.setdefault(parent, {})
+        if not isinstance(tree, dict):
+            raise ValueError(f"override {override!r}: {parent} is no section")
+    tree[last] = yaml.safe_load(text)
+
+
+def from_dict(cls: type, tree: Any, where: str = "") -> Any:
+    """Build a config dataclass from nested dicts, refusing unknown keys and wrong types."""
+    if not isinstance(tree, dict):
+        raise ValueError(f"{where or 'config'}: must be a mapping, got {tree!r}")
+    known = {f.name for f in fields(cls)}
+    for key in tree:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(sorted(known))}"
+            raise ValueError(f"{_join(where, key)}: unknown key; {hint}")
+    hints = typing.get_type_hints(cls)
+    return cls(**{key: _convert(hints[key], value, _join(where, key)) for key, value in tree.items()})
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Nested plain dicts and lists, as YAML and JSON take them."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: plain(v) for k, v in value.items()}
+        return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+    return plain(dataclasses.asdict(config))
+
+
+def to_yaml(config: Any) -> str:
+    """The resolved config, every default written out."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False)
+
+
+def _join(where: str, key: Any) -> str:
+    return f"{where}.{key}" if where else str(key)
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    """Check `value` against a field's type; ints pass as floats, and YAML's "1e-4" strings as the floats they are."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if is_dataclass(hint):
+        return from_dict(hint, value, where)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        return _convert(next(a for a in args if a is not type(None)), value, where)
+    if origin is Literal:
+        if value not in args or isinstance(value, bool):
+            raise ValueError(f"{where}={value!r}: must be one of {', '.join(map(str, args))}")
+        return value
+    if origin is tuple:
+        return _convert_tuple(args, value, where)
+    if hint is float:
+        value = _as_float(value)
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        raise ValueError(f"{where}={value!r}: must be {hint.__name__}")
+    return value
+
+
+def _convert_tuple(args: tuple, value: Any, where: str) -> tuple:
+    if not isinstance(value, (list, tuple)):
+        raise ValueError(f"{where}={value!r}: must be a list")
+    if args[-1] is Ellipsis:
+        return tuple(_convert(args[0], v, f"{where}[{i}]") for i, v in enumerate(value))
+    if len(value) != len(args):
+        raise ValueError(f"{where}={value!r}: must have {len(args)} entries")
+    return tuple(_convert(arg, v, f"{where}[{i}]") for i, (arg, v) in enumerate(zip(args, value)))
+
+
+def _as_float(value: Any) -> Any:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(value, str):  # YAML 1.1 reads 1e-4 without a dot as text
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value

@@ -1,0 +1,1 @@
+"""The trainer: two stages on DeepSpeed. `uniworld train CONFIG` runs it."""

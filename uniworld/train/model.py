@@ -1,0 +1,139 @@
+"""The module that DeepSpeed wraps: connectors and DiT, from encoder states to the loss.
+
+Letters: B batch, L tokens, T tokens of one source, C latent channels, h, w latent height and width.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from uniworld.kernels.flow_noise import flow_noise
+from uniworld.kernels.region_mse import region_mse
+from uniworld.models.conditioning import Conditioning, assemble, layout_text
+from uniworld.models.connectors import Connector
+from uniworld.models.flow import LATENT_SCALE, image_ids, pack
+from uniworld.models.flux import FluxTransformer
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedBatch:
+    """A batch after the frozen encoders: what live encoding makes and what `precompute` stores.
+
+    vlm_states: [B, L, D_vlm]; attention_mask: [B, L] on the CPU; image_ends: for each sample, the column of each
+    image's `<|vision_end|>`. siglip_states: [num_images, T, D_siglip] or None; t5_states: [B, T, D_joint] or None;
+    pooled: [B, P]. latent_mean, latent_std: [B, C, h, w], moments of the scaled latents. region_weight: [B, 1, h, w]
+    fp32 or None for ones. valid: [B, 1, h, w] bool or None where no latent is padding.
+    """
+
+    vlm_states: Tensor
+    attention_mask: Tensor
+    image_ends: tuple[tuple[int, ...], ...]
+    siglip_states: Tensor | None
+    t5_states: Tensor | None
+    pooled: Tensor
+    latent_mean: Tensor
+    latent_std: Tensor
+    region_weight: Tensor | None = None
+    valid: Tensor | None = None
+    sample_ids: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return self.vlm_states.shape[0]
+
+    @property
+    def num_image_tokens(self) -> int:
+        """Packed tokens of one target."""
+        return self.latent_mean.shape[2] * self.latent_mean.shape[3] // 4
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> "EncodedBatch":
+        """States in the compute dtype, latents and weights in fp32, all on `device` but the mask."""
+
+        def moved(x: Tensor | None, to_dtype: torch.dtype | None) -> Tensor | None:
+            return None if x is None else x.to(device, to_dtype, non_blocking=True)
+
+        states = {k: moved(getattr(self, k), dtype) for k in ("vlm_states", "siglip_states", "t5_states", "pooled")}
+        fp32 = {k: moved(getattr(self, k), torch.float32) for k in ("latent_mean", "latent_std", "region_weight")}
+        return replace(self, **states, **fp32, valid=moved(self.valid, None))
+
+
+class TrainModel(nn.Module):
+    """Connectors and DiT. `forward` is one training loss; names of parameters are what `stages` matches."""
+
+    def __init__(self, denoiser: FluxTransformer, denoise_projector: Connector, siglip_projector: Connector):
+        super().__init__()
+        self.denoiser = denoiser
+        self.denoise_projector = denoise_projector
+        self.siglip_projector = siglip_projector
+
+    def forward(
+        self,
+        batch: EncodedBatch,
+        latents: Tensor,
+        noise: Tensor,
+        sigma: Tensor,
+        guidance_scale: float = 1.0,
+        level_weight: Tensor | None = None,
+    ) -> Tensor:
+        """The weighted flow-matching loss.
+
+        Args:
+            batch: on the model's device.
+            latents, noise: [B, C, h, w] fp32; sigma: [B] fp32.
+            level_weight: [B], weight of each sample's noise level, or None.
+
+        Returns: scalar fp32, the mean over valid latents of weight * (prediction - (noise - latents))^2.
+        """
+        pred, target = self.predict(batch, latents, noise, sigma, guidance_scale)
+        weight = combined_weight(batch.region_weight, level_weight, latents)
+        valid = None if batch.valid is None else pack(batch.valid)
+        return region_mse(pred, target, weight, valid)
+
+    def predict(
+        self, batch: EncodedBatch, latents: Tensor, noise: Tensor, sigma: Tensor, guidance_scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """The DiT's velocity and its target, both packed [B, h w / 4, 4 C]."""
+        dtype = self.denoise_projector[0].weight.dtype
+        noisy, target = flow_noise(latents, noise, sigma, dtype=dtype)
+        conditioning = self.condition(batch)
+        guidance = torch.full_like(sigma, guidance_scale) if self.denoiser.config.guidance_embeds else None
+        height, width = latents.shape[2] * LATENT_SCALE, latents.shape[3] * LATENT_SCALE
+        pred = self.denoiser(
+            noisy,
+            conditioning.txt,
+            conditioning.pooled,
+            sigma,
+            guidance,
+            image_ids(height, width, latents.device),
+            conditioning.lengths_if_padded,
+        )
+        return pred, target
+
+    def condition(self, batch: EncodedBatch) -> Conditioning:
+        siglip, t5 = batch.siglip_states, batch.t5_states
+        layout = layout_text(
+            batch.attention_mask,
+            batch.image_ends if siglip is not None else [()] * len(batch),
+            num_siglip_tokens=0 if siglip is None else siglip.shape[1],
+            num_t5_tokens=0 if t5 is None else t5.shape[1],
+        )
+        return assemble(
+            layout,
+            vlm_states=batch.vlm_states,
+            denoise_projector=self.denoise_projector,
+            siglip_states=siglip,
+            siglip_projector=self.siglip_projector,
+            t5_states=t5,
+            pooled=batch.pooled,
+        )
+
+
+def combined_weight(region_weight: Tensor | None, level_weight: Tensor | None, latents: Tensor) -> Tensor | None:
+    """Weights of the packed latents, [B, h w / 4, 4] fp32, or None where all are 1."""
+    if region_weight is None and level_weight is None:
+        return None
+    B, _, h, w = latents.shape
+    weight = latents.new_ones(B, 1, h, w) if region_weight is None else region_weight.expand(B, 1, h, w)
+    if level_weight is not None:
+        weight = weight * level_weight.view(B, 1, 1, 1)
+    return pack(weight.contiguous())

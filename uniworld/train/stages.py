@@ -1,0 +1,55 @@
+"""Which parameters learn, as glob patterns over the names in `TrainModel`.
+
+Source: UniWorld-V1, section on training; the authors' `only_img_branch` list.
+"""
+
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from uniworld.config import StageConfig
+
+IMAGE_BRANCH = (
+    "denoiser.transformer_blocks.*.attn.norm_q.*",
+    "denoiser.transformer_blocks.*.attn.norm_k.*",
+    "denoiser.transformer_blocks.*.attn.to_qkv.*",
+    "denoiser.transformer_blocks.*.attn.to_out.*",
+    "denoiser.transformer_blocks.*.norm1.linear.*",
+    "denoiser.single_transformer_blocks.*.attn.*",
+    "denoiser.single_transformer_blocks.*.norm.linear.*",
+)
+PRESETS: dict[str, tuple[str, ...]] = {
+    "stage1": ("denoise_projector.*",),
+    "stage2": ("denoise_projector.*", "siglip_projector.*", *IMAGE_BRANCH),
+    "siglip_mlp": ("siglip_projector.*",),
+}
+
+
+def trained_patterns(stage: StageConfig) -> tuple[str, ...]:
+    return stage.patterns if stage.preset == "custom" else PRESETS[stage.preset]
+
+
+def inserts_siglip(stage: StageConfig) -> bool:
+    """Whether semantic tokens are inserted: not in stage 1, unless the config says so."""
+    return stage.preset != "stage1" if stage.use_siglip is None else stage.use_siglip
+
+
+def freeze_except(model: nn.Module, patterns: tuple[str, ...]) -> list[str]:
+    """Let only the parameters that match learn; returns their names in model order.
+
+    Raises: ValueError for a pattern that matches nothing, which is always a mistake.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ValueError(f"stage.patterns: {pattern!r} matches no parameter")
+    trained = []
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(any(fnmatchcase(name, pattern) for pattern in patterns))
+        if parameter.requires_grad:
+            trained.append(name)
+    return trained
+
+
+def num_trained(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
