@@ -1,0 +1,48 @@
+"""Live encoding: the frozen encoders turn a batch of samples into the states that training works on."""
+
+import torch
+
+from uniworld.data.batch import TrainBatch
+from uniworld.models.unified import UniWorld
+from uniworld.train.model import EncodedBatch
+
+
+class Encoders:
+    """VLM, semantic encoder, text encoders and VAE, none of which learns.
+
+    Args:
+        model: the loaded parts.
+        use_siglip: insert semantic tokens; use_t5: add T5 states of the instruction.
+    """
+
+    def __init__(self, model: UniWorld, *, use_siglip: bool, use_t5: bool):
+        if use_t5 and not model.text_encoders.has_t5:
+            raise ValueError("model.use_t5=true: the FLUX folder has no T5")
+        self.model, self.use_siglip, self.use_t5 = model, use_siglip, use_t5
+
+    @torch.no_grad()
+    def encode(self, batch: TrainBatch) -> EncodedBatch:
+        """States of a batch on the model's device; pooled is CLIP of "", as in the authors' training."""
+        model, B = self.model, len(batch)
+        siglip_states = None
+        if self.use_siglip and batch.siglip_pixels is not None:
+            siglip_states = model.semantic_encoder(batch.siglip_pixels)
+        mean, std = model.vae.encode_moments(batch.target)
+        return EncodedBatch(
+            vlm_states=model.vlm.encode(batch.inputs).hidden_states,
+            attention_mask=batch.inputs.attention_mask,
+            image_ends=batch.inputs.image_end_positions,
+            siglip_states=siglip_states,
+            t5_states=model.text_encoders.t5_states(batch.instructions) if self.use_t5 else None,
+            pooled=model.text_encoders.pooled([""]).expand(B, -1),
+            latent_mean=(mean.float() - model.vae.shift) * model.vae.scale,
+            latent_std=std.float() * model.vae.scale,
+            region_weight=batch.region_weight,
+            sample_ids=batch.sample_ids,
+        ).to(model.device, model.dtype)
+
+
+def draw_latents(batch: EncodedBatch, generator: torch.Generator) -> torch.Tensor:
+    """A fresh sample of the VAE's posterior, [B, C, h, w] fp32; the noise is drawn on the CPU."""
+    noise = torch.randn(batch.latent_mean.shape, generator=generator)
+    return batch.latent_mean + batch.latent_std * noise.to(batch.latent_mean.device)
