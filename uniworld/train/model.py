@@ -93,7 +93,7 @@ class TrainModel(nn.Module):
         self, batch: EncodedBatch, latents: Tensor, noise: Tensor, sigma: Tensor, guidance_scale: float
     ) -> tuple[Tensor, Tensor]:
         """The DiT's velocity and its target, both packed [B, h w / 4, 4 C]."""
-        dtype = self.denoise_projector[0].weight.dtype
+        dtype = batch.vlm_states.dtype
         noisy, target = flow_noise(latents, noise, sigma, dtype=dtype)
         conditioning = self.condition(batch)
         guidance = torch.full_like(sigma, guidance_scale) if self.denoiser.config.guidance_embeds else None

@@ -1,0 +1,132 @@
+"""Optimizers, and the learning rate as a plain function of the step.
+
+Sources: AdamW (Loshchilov and Hutter, 2019); Prodigy (Mishchenko and Defazio, 2024).
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from uniworld.config import OptimConfig, TrainConfig
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """The learning rate of step `step`, counted from 1: a linear warm-up, then the schedule over what is left."""
+    optim = config.optim
+    if step <= optim.warmup_steps:
+        return optim.lr * step / optim.warmup_steps
+    if optim.schedule == "constant":
+        return optim.lr
+    done = (step - 1 - optim.warmup_steps) / max(config.num_steps - optim.warmup_steps, 1)
+    return optim.lr * (1 - done if optim.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2)
+
+
+def make_optimizer(config: OptimConfig, parameters: Sequence[nn.Parameter]) -> Optimizer:
+    """The optimizer over one group of parameters.
+
+    Raises: ModuleNotFoundError naming what to install for "prodigy" and "adamw8bit".
+    """
+    return OPTIMIZERS[config.name](config, parameters)
+
+
+def _adamw(config: OptimConfig, parameters: Sequence[nn.Parameter]) -> Optimizer:
+    return torch.optim.AdamW(parameters, fused=True, **_common(config))
+
+
+def _adamw8bit(config: OptimConfig, parameters: Sequence[nn.Parameter]) -> Optimizer:
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ModuleNotFoundError as error:
+        raise _missing(error, "adamw8bit", "bitsandbytes") from None
+    return AdamW8bit(parameters, **_common(config))
+
+
+def _prodigy(config: OptimConfig, parameters: Sequence[nn.Parameter]) -> Optimizer:
+    return sharded_prodigy()(parameters, use_bias_correction=True, safeguard_warmup=True, **_common(config))
+
+
+def _common(config: OptimConfig) -> dict:
+    return {"lr": config.lr, "betas": config.betas, "eps": config.eps, "weight_decay": config.weight_decay}
+
+
+def _missing(error: ModuleNotFoundError, name: str, package: str) -> ModuleNotFoundError:
+    return ModuleNotFoundError(f"optim.name={name}: {error.name} is missing; pip install {package}")
+
+
+OPTIMIZERS: dict[str, Callable[[OptimConfig, Sequence[nn.Parameter]], Optimizer]] = {
+    "adamw": _adamw,
+    "prodigy": _prodigy,
+    "adamw8bit": _adamw8bit,
+}
+
+
+def sharded_prodigy() -> type[Optimizer]:
+    """prodigyopt's Prodigy, whose step size is estimated over the slices of all ranks.
+
+    Under ZeRO each rank sees its own slice alone. prodigyopt would let each rank find a step size of its own, and its
+    reduction for sharded parameters works on CUDA only. The formulas and the state are prodigyopt's; the estimate
+    costs one reduction of two numbers and one synchronisation a step.
+    """
+    try:
+        from prodigyopt import Prodigy
+    except ModuleNotFoundError as error:
+        raise _missing(error, "prodigy", "prodigyopt") from None
+
+    class ShardedProdigy(Prodigy):
+        @torch.no_grad()
+        def step(self, closure=None):
+            group = self.param_groups[0]
+            beta1, beta2 = group["betas"]
+            beta3 = math.sqrt(beta2)
+            k, d, d0 = group["k"], group["d"], group["d0"]
+            correction = math.sqrt(1 - beta2 ** (k + 1)) / (1 - beta1 ** (k + 1))
+            dlr = d * group["lr"] * correction
+            parameters = [p for p in group["params"] if p.grad is not None]
+
+            sums = torch.zeros(2, dtype=torch.float32, device=parameters[0].device)
+            for p in parameters:
+                state = self._state(p)
+                state["exp_avg"].mul_(beta1).add_(p.grad, alpha=d * (1 - beta1))
+                state["exp_avg_sq"].mul_(beta2).addcmul_(p.grad, p.grad, value=d * d * (1 - beta2))
+                state["s"].mul_(beta3).add_(p.grad, alpha=(d / d0) * d)
+                sums[0] += (d / d0) * dlr * torch.dot(p.grad.flatten(), (state["p0"] - p).flatten())
+                sums[1] += state["s"].abs().sum()
+            numerator, denominator = _summed(sums)
+            self._estimate(group, numerator, denominator, beta3)
+
+            for p in parameters:
+                state = self.state[p]
+                state["step"] += 1
+                if group["weight_decay"]:
+                    p.mul_(1 - group["weight_decay"] * dlr)
+                p.addcdiv_(state["exp_avg"], state["exp_avg_sq"].sqrt().add_(group["d"] * group["eps"]), value=-dlr)
+            group["k"] = k + 1
+
+        def _state(self, p: Tensor) -> dict:
+            state = self.state[p]
+            if not state:
+                state |= {"step": 0, "p0": p.detach().clone()}
+                state |= {name: torch.zeros_like(p) for name in ("s", "exp_avg", "exp_avg_sq")}
+            return state
+
+        def _estimate(self, group: dict, numerator: float, denominator: float, beta3: float) -> None:
+            if denominator == 0:
+                return
+            group["d_numerator"] = group["d_numerator"] * beta3 + numerator
+            d_hat = group["d_coef"] * group["d_numerator"] / denominator
+            if group["d"] == group["d0"]:
+                group["d"] = max(group["d"], d_hat)
+            group["d_max"] = max(group["d_max"], d_hat)
+            group["d"] = min(group["d_max"], group["d"] * group["growth_rate"])
+
+    return ShardedProdigy
+
+
+def _summed(sums: Tensor) -> list[float]:
+    if dist.is_initialized():
+        dist.all_reduce(sums)
+    return sums.tolist()
