@@ -41,6 +41,21 @@ class AttentionPlan(NamedTuple):
     backend: str
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
+    """`joint_attention` of one layer, [B, S, H, Dh].
+
+    A padded batch leaves the compiled graph here: its lengths are Python numbers, and would be compiled anew each time.
+    """
+    if plan.lengths is None:
+        return joint_attention(q, k, v, backend=plan.backend)
+    return _attend_padded(q, k, v, plan)
+
+
+@torch.compiler.disable
+def _attend_padded(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
+    return joint_attention(q, k, v, lengths=plan.lengths, backend=plan.backend)
+
+
 class AdaLinear(nn.Module):
     """Holds the linear that makes a block's modulation (diffusers' `norm1`, `norm`, `norm_out`)."""
 
@@ -84,7 +99,7 @@ class JointAttention(nn.Module):
             self.norm_added_k.weight,
             num_heads=self.num_heads,
         )
-        joint = joint_attention(q, k, v, lengths=plan.lengths, backend=plan.backend).flatten(2)
+        joint = attend(q, k, v, plan).flatten(2)
         num_img = img.shape[1]
         return self.to_out[0](joint[:, :num_img]), self.to_add_out(joint[:, num_img:])
 
@@ -108,7 +123,7 @@ class SingleAttention(nn.Module):
             plan.rope.sin,
             num_heads=self.num_heads,
         )
-        return joint_attention(q, k, v, lengths=plan.lengths, backend=plan.backend).flatten(2)
+        return attend(q, k, v, plan).flatten(2)
 
 
 class GELUProjection(nn.Module):
