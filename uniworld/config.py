@@ -123,7 +123,8 @@ class OptimConfig:
 class ShardingConfig:
     """DeepSpeed."""
 
-    zero_stage: Literal[0, 1, 2, 3] = 2
+    zero_stage: Literal[1, 2, 3] = 2
+    """Split over the ranks: 1 the optimizer, 2 gradients too, 3 parameters too."""
     dtype: Literal["bf16", "fp32"] = "bf16"
     """Compute dtype; ZeRO keeps an fp32 master copy of what is trained in bf16."""
     accumulation_steps: int = 1
@@ -131,7 +132,7 @@ class ShardingConfig:
     checkpoint_blocks: tuple[Literal["double", "single"], ...] = ()
     """Kinds of DiT block whose activations are recomputed in the backward pass."""
     compile_blocks: bool = False
-    """Run the DiT's blocks through `torch.compile`."""
+    """Run the DiT's blocks through `torch.compile`; with ZeRO 1 and 2 only."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,7 +185,7 @@ class TrainConfig:
     run_dir: str = "runs/stage1"
     """Checkpoints, metrics and the resolved config go here."""
     num_steps: int = 1000
-    """Optimizer updates in all."""
+    """Optimizer steps in all; one that was skipped counts."""
     seed: int = 0
     max_bad_steps: int = 10
     """Stop after this many steps in a row with a loss or gradient that is not finite."""
@@ -214,6 +215,8 @@ class TrainConfig:
         for name, value in positive.items():
             if value < 1:
                 raise ValueError(f"{name}={value}: must be at least 1")
+        if self.sharding.compile_blocks and self.sharding.zero_stage == 3:
+            raise ValueError("sharding.compile_blocks=True: needs sharding.zero_stage 1 or 2, not 3")
         for name, value in {"data.drop_prompt_rate": self.data.drop_prompt_rate, "ema.decay": self.ema.decay}.items():
             if not 0 <= value <= 1:
                 raise ValueError(f"{name}={value}: must be from 0 to 1")

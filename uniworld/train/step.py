@@ -1,0 +1,57 @@
+"""One training loss: what is drawn at random, and the model's forward pass. Knows nothing of processes.
+
+Letters: B batch, C latent channels, h, w latent height and width.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from uniworld.config import FlowConfig
+from uniworld.train.encode import draw_latents
+from uniworld.train.model import EncodedBatch
+from uniworld.train.noise import draw_sigma, sigma_weight
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What is random in a loss: sigma [B], noise and latents [B, C, h, w], all fp32 on the batch's device."""
+
+    sigma: Tensor
+    noise: Tensor
+    latents: Tensor
+
+
+def draw(batch: EncodedBatch, flow: FlowConfig, generator: torch.Generator) -> Draw:
+    """Noise levels, noise and a fresh sample of the VAE's posterior.
+
+    Everything is drawn on the CPU in this order, so that a seed gives one run on every device.
+    """
+    device = batch.latent_mean.device
+    sigma = draw_sigma(flow, len(batch), batch.num_image_tokens, generator)
+    noise = torch.randn(batch.latent_mean.shape, generator=generator)
+    return Draw(sigma.to(device), noise.to(device), draw_latents(batch, generator))
+
+
+def training_loss(
+    model: Callable[..., Tensor], batch: EncodedBatch, flow: FlowConfig, generator: torch.Generator
+) -> Tensor:
+    """The loss of one micro-batch, a scalar with a graph.
+
+    Args:
+        model: `TrainModel` or whatever wraps it.
+        batch: on the model's device.
+        generator: on the CPU; advanced by what `draw` takes.
+    """
+    drawn = draw(batch, flow, generator)
+    level_weight = sigma_weight(flow.weighting, drawn.sigma)
+    return model(batch, drawn.latents, drawn.noise, drawn.sigma, flow.guidance_scale, level_weight)
+
+
+def rank_generator(seed: int, rank: int) -> torch.Generator:
+    """The CPU generator of a rank; ranks and seeds give unrelated streams."""
+    mixed = torch.Generator().manual_seed(seed)
+    seeds = torch.randint(2**63 - 1, (rank + 1,), generator=mixed)
+    return torch.Generator().manual_seed(int(seeds[rank]))
