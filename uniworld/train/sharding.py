@@ -7,9 +7,12 @@ trained parameters (the fp32 master weights where ZeRO holds them), and whole na
 Letters: N ranks, P trained parameters of one rank's slices.
 """
 
+import contextlib
+import logging
 import os
 import socket
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -99,10 +102,13 @@ def exit_process(code: int) -> NoReturn:
 
 
 def _import_deepspeed() -> Any:
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # of names it still uses
     try:
         import deepspeed
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(f"{error.name} is missing; training needs: pip install 'uniworld[train]'") from None
+    deepspeed.utils.logger.setLevel(logging.ERROR)  # it warns on every start
     return deepspeed
 
 
@@ -193,13 +199,14 @@ class Sharded:
         self.shapes = {name: tuple(p.shape) for name, p in trained.items()}
         self._parameters = trained
         self._accumulation_steps, self._num_losses = config.sharding.accumulation_steps, 0
-        self.engine, *_ = _import_deepspeed().initialize(
-            model=model,
-            model_parameters=list(trained.values()),
-            optimizer=make_optimizer(config.optim, list(trained.values())),
-            config=engine_config(config, self.num_trained, world.device.type == "cuda"),
-            dist_init_required=False,
-        )
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):  # it prints its memory use
+            self.engine, *_ = _import_deepspeed().initialize(
+                model=model,
+                model_parameters=list(trained.values()),
+                optimizer=make_optimizer(config.optim, list(trained.values())),
+                config=engine_config(config, self.num_trained, world.device.type == "cuda"),
+                dist_init_required=False,
+            )
         self._owners = self._gather_owners()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -273,12 +280,28 @@ class Sharded:
             for name, full in self.gather(tensors, dtype=dtype, to_all=True):
                 self._parameters[name].copy_(full)
 
-    def save(self, folder: str | Path, tag: str) -> None:
-        """Write `folder/tag` in DeepSpeed's layout: trained parameters, master weights and optimizer; all ranks."""
-        self.engine.save_checkpoint(str(folder), tag=tag, save_latest=False, exclude_frozen_parameters=True)
+    def state_files(self, tag: str) -> dict[str, Any]:
+        """What this rank saves in DeepSpeed's layout: trained parameters, master weights, optimizer; all ranks.
 
-    def load(self, folder: str | Path, tag: str) -> None:
-        """Restore what `save` wrote for as many ranks and the same ZeRO stage; all ranks."""
+        Returns: objects for `torch.save` by path, which starts with `tag`. Their tensors are those of the training.
+        """
+        files = _Collected()
+        writes, self.engine.checkpoint_engine = self.engine.checkpoint_engine, files
+        self.engine._copy_recovery_script = lambda folder: None  # it would write at once
+        try:
+            self.engine.save_checkpoint(".", tag=tag, save_latest=False, exclude_frozen_parameters=True)
+        finally:
+            self.engine.checkpoint_engine = writes
+        return files.states
+
+    def load(self, folder: str | Path, tag: str, *, universal: bool = False) -> None:
+        """Restore what `state_files` gave, for as many ranks and the same ZeRO stage; all ranks.
+
+        Args:
+            folder: `folder/tag` holds the files.
+            universal: it holds DeepSpeed's universal checkpoint instead, which any number of ranks can load.
+        """
+        self.engine._config.load_universal_checkpoint = universal
         path, _ = self.engine.load_checkpoint(str(folder), tag=tag, load_module_strict=False)
         if path is None:
             raise FileNotFoundError(f"{folder}/{tag}: DeepSpeed found no checkpoint there")
@@ -315,6 +338,28 @@ class Sharded:
             piece.tensor.copy_(tensor)
         if optimizer.persistent_parameters:
             optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+
+
+class _Collected:
+    """Stands in for DeepSpeed's checkpoint engine and keeps what it would write."""
+
+    def __init__(self):
+        self.states: dict[str, Any] = {}
+
+    def save(self, state_dict: Any, path: str) -> None:
+        self.states[os.path.normpath(path)] = state_dict
+
+    def create(self, info: Any) -> None:
+        pass
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        pass
+
+    def commit(self, info: Any) -> bool:
+        return True
+
+    def is_decoupled(self) -> bool:
+        return False
 
 
 def _slice(parameter: nn.Parameter, source: str) -> tuple[int, Tensor] | None:
