@@ -27,6 +27,7 @@ FLOORS = {
     "uniworld.cli_options": 5,
     "uniworld.cli_draw": 5,
     "uniworld.cli_chat": 5,
+    "uniworld.cli_train": 5,
     "uniworld.environment": 5,
 }
 TOP_FLOOR_OF_STRANGERS = 4  # rooms here never import each other

@@ -4,7 +4,7 @@ import os
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -51,6 +51,9 @@ def _root(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
+    local_rank: Annotated[  # the deepspeed launcher puts it first; the environment says the same
+        int | None, typer.Option("--local_rank", hidden=True)
+    ] = None,
 ) -> None:
     pass
 
@@ -181,6 +184,27 @@ def convert(
 
 
 @app.command()
+def train(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file; see `configs/`.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that replace those of the file.")
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+) -> int:
+    """Train, or go on with a run that stopped; alone, under `torchrun` or under the `deepspeed` launcher.
+
+    A run is stopped by SIGTERM or SIGUSR1: it saves, and the same command goes on.
+
+    Example: `uniworld train configs/tiny_stage1.yaml optim.lr=1e-4`
+
+    Example: `torchrun --nproc-per-node 8 -m uniworld.cli train configs/stage1_512.yaml`
+    """
+    from uniworld import cli_train
+
+    return cli_train.train(config, overrides or [], quiet)
+
+
+@app.command()
 def env(
     json: Annotated[bool, typer.Option("--json", help="The same as JSON, for bug reports.")] = False,
 ) -> None:
@@ -209,7 +233,14 @@ def main() -> None:
         code = _complain(error)
     if code == EXIT_CANCELLED:
         print("cancelled", file=sys.stderr)
-    sys.exit(code if isinstance(code, int) else 0)
+    _leave(code if isinstance(code, int) else 0)
+
+
+def _leave(code: int) -> NoReturn:
+    """Exit, in a way that processes of one training survive."""
+    if "uniworld.train.sharding" in sys.modules:
+        sys.modules["uniworld.train.sharding"].exit_process(code)
+    sys.exit(code)
 
 
 def _complain(error: Exception) -> int:
