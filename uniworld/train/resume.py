@@ -8,23 +8,24 @@ import random
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from uniworld.config import TrainConfig, to_yaml
 from uniworld.train import checkpoints
 from uniworld.train.checkpoints import CONFIG, DEEPSPEED, FORMAT, Checkpoint, checkpoints_dir, hidden
 from uniworld.train.ema import ShardedEMA
+from uniworld.train.saved import ema_file, rank_file, read_optimizer, read_rank, saved_ema
 from uniworld.train.sharding import Sharded
 from uniworld.train.writer import Writer, on_cpu
 from uniworld.version import __version__
+
+UNIVERSAL_STATES = ("exp_avg", "exp_avg_sq", "step")  # of an optimizer, what DeepSpeed's universal form carries
 
 
 @dataclass(frozen=True)
@@ -111,11 +112,11 @@ class Checkpointer:
         world_changed = checkpoint.world_size != self.world.size
         if world_changed:
             self._load_universal(checkpoint)
+            self._restore_other_states(checkpoint)
         else:
             self.sharded.load(checkpoint.folder, DEEPSPEED)
         self._restore_ema(checkpoint)
-        rank_file = _rank_file(0 if world_changed else self.world.rank)
-        state = torch.load(checkpoint.folder / rank_file, map_location="cpu", weights_only=False)
+        state = read_rank(checkpoint, 0 if world_changed else self.world.rank)
         if not world_changed:
             set_random_states(state["random"])
         self.world.barrier()
@@ -135,11 +136,12 @@ class Checkpointer:
             raise error or OSError(f"{target}: cannot be written by rank 0")
 
     def _own_files(self, rank_state: dict[str, Any]) -> dict[str, Any]:
-        files: dict[str, Any] = {_rank_file(self.world.rank): {"random": random_states(), "trainer": rank_state}}
+        state = {"random": random_states(), "trainer": rank_state, "layout": self.sharded.layout()}
+        files: dict[str, Any] = {rank_file(self.world.rank): state}
         if self.world.rank == 0:
             files[CONFIG] = to_yaml(self.config).encode()
         if self.ema is not None:
-            files[_ema_file(self.world.rank)] = {f"{s.name}@{s.offset}": s.tensor for s in self.ema.slices()}
+            files[ema_file(self.world.rank)] = {f"{s.name}@{s.offset}": s.tensor for s in self.ema.slices()}
         return files
 
     def _manifest(self, step: int) -> dict[str, Any]:
@@ -166,6 +168,11 @@ class Checkpointer:
         for field, (key, value) in mine.items():
             if manifest[key] != value:
                 raise ValueError(f"{title}: was saved with {field}={manifest[key]}, not {value}")
+        if checkpoint.world_size != self.world.size and self.config.optim.name == "adamw8bit":
+            ranks = f"{checkpoint.world_size} ranks, not {self.world.size}"
+            raise ValueError(
+                f"{title}: was saved by {ranks}, and the state of optim.name=adamw8bit cannot be re-divided"
+            )
         saved = {name: tuple(shape) for name, shape in manifest["trained"].items()}
         if saved != self.sharded.shapes:
             different = sorted(dict(saved.items() ^ self.sharded.shapes.items()))
@@ -179,10 +186,29 @@ class Checkpointer:
             error = _convert_to_universal(checkpoint, folder)
         if self.world.agree(int(error is not None)):
             raise error or ValueError(f"{checkpoint.folder}: rank 0 could not convert it")
-        self.sharded.load(folder.parent, folder.name, universal=True)
+        self.sharded.load(folder, "all", universal=True)
         self.world.barrier()
         if self.world.rank == 0:
             shutil.rmtree(folder, ignore_errors=True)
+
+    def _restore_other_states(self, checkpoint: Checkpoint) -> None:
+        """What the optimizer keeps of each element besides Adam's moments, which the universal form leaves out."""
+        partitions, states = self.sharded.partitions(), self.sharded.optimizer_states()
+        mine = {name: (offset, numel, index, at) for name, offset, numel, index, at in self.sharded.layout()}
+        for rank in range(checkpoint.world_size):
+            saved = read_optimizer(checkpoint, rank).states
+            for name, offset, numel, index, at in read_rank(checkpoint, rank)["layout"]:
+                if name not in mine:
+                    continue
+                my_offset, my_numel, my_index, my_at = mine[name]
+                first, last = max(offset, my_offset), min(offset + numel, my_offset + my_numel)
+                for key, values in saved[index].items():
+                    if key in UNIVERSAL_STATES or not isinstance(values, Tensor) or not values.ndim or first >= last:
+                        continue
+                    partition = partitions[my_index]
+                    whole = states[my_index].setdefault(key, torch.zeros_like(partition, dtype=values.dtype))
+                    place = whole[my_at + first - my_offset : my_at + last - my_offset]
+                    place.copy_(values[at + first - offset : at + last - offset])
 
     def _restore_ema(self, checkpoint: Checkpoint) -> None:
         if self.ema is None:
@@ -191,16 +217,6 @@ class Checkpointer:
             self.ema.restart()
         else:
             self.ema.load(saved_ema(checkpoint), checkpoint.manifest["ema_updates"])
-
-
-def saved_ema(checkpoint: Checkpoint) -> Iterator[tuple[str, int, Tensor]]:
-    """The slices of a checkpoint's EMA: parameter, offset in it, [n] fp32."""
-    for rank in range(checkpoint.world_size):
-        path = checkpoint.folder / _ema_file(rank)
-        with safe_open(path, framework="pt") as file:
-            for key in file.offset_keys():
-                name, _, offset = key.rpartition("@")
-                yield name, int(offset), file.get_tensor(key)
 
 
 def random_states() -> dict[str, Any]:
@@ -222,18 +238,10 @@ def set_random_states(states: dict[str, Any]) -> None:
 def _convert_to_universal(checkpoint: Checkpoint, folder: Path) -> Exception | None:
     """Run DeepSpeed's converter; returns the error where it failed."""
     shutil.rmtree(folder, ignore_errors=True)
-    paths = ["--input_folder", str(checkpoint.folder / DEEPSPEED), "--output_folder", str(folder)]
+    paths = ["--input_folder", str(checkpoint.folder / DEEPSPEED), "--output_folder", str(folder / "all")]
     command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", *paths, "--inject_missing_state"]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode == 0:
         return None
     last = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), f"exit {done.returncode}")
     return ValueError(f"{checkpoint.folder}: cannot be converted for {checkpoint.world_size} -> other ranks: {last}")
-
-
-def _rank_file(rank: int) -> str:
-    return f"ranks/rank-{rank:05d}.pt"
-
-
-def _ema_file(rank: int) -> str:
-    return f"ema/rank-{rank:05d}.safetensors"

@@ -246,6 +246,27 @@ class Sharded:
             start += torch.Size(self.shapes[name]).numel()
         return found
 
+    def partitions(self) -> list[Tensor]:
+        """The flat fp32 tensors that the optimizer updates on this rank, in the order in which they are saved."""
+        optimizer = self.engine.optimizer
+        names = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition")
+        return next(getattr(optimizer, name) for name in names if hasattr(optimizer, name))
+
+    def optimizer_states(self) -> list[dict[str, Any]]:
+        """What the optimizer keeps of each partition."""
+        return [self.engine.optimizer.optimizer.state[partition] for partition in self.partitions()]
+
+    def layout(self) -> list[tuple[str, int, int, int, int]]:
+        """Where the master slices lie: (name, offset in the parameter, numel, partition, offset in the partition)."""
+        partitions = self.partitions()
+        found = []
+        for piece in self.slices("master"):
+            address = piece.tensor.untyped_storage().data_ptr()
+            index = next(i for i, p in enumerate(partitions) if p.untyped_storage().data_ptr() == address)
+            position = piece.tensor.storage_offset() - partitions[index].storage_offset()
+            found.append((piece.name, piece.offset, piece.numel, index, position))
+        return found
+
     def gather(
         self, tensors: Sequence[Tensor], *, dtype: torch.dtype = torch.float32, to_all: bool = False
     ) -> Iterator[tuple[str, Tensor | None]]:
