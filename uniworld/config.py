@@ -45,6 +45,8 @@ class SourceConfig:
     """How to read `path`; "auto" goes by its suffix."""
     weight: float = 1.0
     """Share of this source among the samples drawn, relative to the other sources' weights."""
+    columns: tuple[str, ...] = ()
+    """Of a table, "prompt=edit_instruction": its own names of the columns."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +61,8 @@ class DataConfig:
     """Area of the target pictures in pixels."""
     num_ratios: Literal[1, 5, 7, 9, 11] = 11
     """Aspect ratios the targets are sorted into."""
+    target_fit: Literal["stretch", "crop"] = "stretch"
+    """How a target meets its bucket's ratio: stretched as in the authors' training, or cut at the centre."""
     vlm_max_px: int = 448 * 448
     """Area of a reference picture as the VLM sees it, in pixels."""
     batch_size: int = 1
@@ -217,9 +221,19 @@ class TrainConfig:
                 raise ValueError(f"{name}={value}: must be at least 1")
         if self.sharding.compile_blocks and self.sharding.zero_stage == 3:
             raise ValueError("sharding.compile_blocks=True: needs sharding.zero_stage 1 or 2, not 3")
-        for name, value in {"data.drop_prompt_rate": self.data.drop_prompt_rate, "ema.decay": self.ema.decay}.items():
+        shares = {
+            "data.drop_prompt_rate": self.data.drop_prompt_rate,
+            "data.max_bad_share": self.data.max_bad_share,
+            "ema.decay": self.ema.decay,
+        }
+        for name, value in shares.items():
             if not 0 <= value <= 1:
                 raise ValueError(f"{name}={value}: must be from 0 to 1")
+        for i, source in enumerate(self.data.sources):
+            if not 0 < source.weight < float("inf"):
+                raise ValueError(f"data.sources[{i}].weight={source.weight}: must be above 0")
+        if self.data.num_workers < 0:
+            raise ValueError(f"data.num_workers={self.data.num_workers}: must be at least 0")
         if self.optim.lr <= 0:
             raise ValueError(f"optim.lr={self.optim.lr}: must be above 0")
         if (self.stage.preset == "custom") != bool(self.stage.patterns):

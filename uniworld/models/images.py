@@ -1,15 +1,18 @@
 """Pictures from users and to users: any file that Pillow reads becomes 8-bit RGB, or a one-line error says why not."""
 
+import contextlib
 import io
 import os
 import secrets
 import warnings
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 MAX_PIXELS = 178_956_970  # Pillow's own limit for an error: half a GiB as RGB
+SIDEWAYS = range(5, 9)  # EXIF orientations that exchange height and width
 
 FORMATS = {
     ".png": ("PNG", {}),
@@ -21,17 +24,18 @@ FORMATS = {
     ".tiff": ("TIFF", {}),
 }
 
-ImageSource = str | os.PathLike | bytes | Image.Image
+ImageSource = str | os.PathLike | bytes | BinaryIO | Image.Image
 
 
-def read_image(source: ImageSource) -> Image.Image:
+def read_image(source: ImageSource, name: str | None = None) -> Image.Image:
     """Read a picture as 8-bit RGB.
 
     The EXIF orientation is applied, alpha is laid on white, 16-bit grey is scaled to 8 bits, CMYK and palettes are
     converted, and of an animation the first frame is taken (with a warning). Colour profiles are ignored.
 
     Args:
-        source: path of a file, the bytes of one, or a PIL image (which is left as it is).
+        source: path of a file, the bytes of one, an open binary file, or a PIL image (which is left as it is).
+        name: what to call it in errors; by default the path, or what is known of it.
 
     Returns:
         A new RGB image without metadata.
@@ -42,36 +46,66 @@ def read_image(source: ImageSource) -> Image.Image:
             the path and the reason.
     """
     if isinstance(source, Image.Image):
-        return _decode(source, "image")
+        return _decode(source, name or "image")
+    with _opened(source, name) as (file, num_bytes, name), _header(file, num_bytes, name) as image:
+        return _decode(image, name)
+
+
+def image_size(source: str | os.PathLike | bytes | BinaryIO, name: str | None = None) -> tuple[int, int]:
+    """(height, width) of the picture that `read_image` would give, from the file's header alone.
+
+    Only as true as the header. Of a PNG, EXIF data behind the pixels is not seen. Raises as `read_image` does.
+    """
+    with _opened(source, name) as (file, num_bytes, name), _header(file, num_bytes, name) as image:
+        width, height = image.size
+        # A PNG's `getexif` would decode the pixels to look behind them.
+        orientation = 1
+        if image.format != "PNG" or "exif" in image.info:
+            try:
+                orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+            except Exception:  # broken metadata is no reason to refuse a picture; `read_image` warns of it
+                orientation = 1
+        return (width, height) if orientation in SIDEWAYS else (height, width)
+
+
+@contextlib.contextmanager
+def _opened(source: str | os.PathLike | bytes | BinaryIO, name: str | None):
+    """The file, its number of bytes and its name in errors."""
     if isinstance(source, bytes):
-        return _read_file(io.BytesIO(source), len(source), f"image of {len(source)} bytes")
+        yield io.BytesIO(source), len(source), name or f"image of {len(source)} bytes"
+        return
+    if isinstance(source, io.IOBase):
+        num_bytes = source.seek(0, io.SEEK_END)
+        source.seek(0)
+        yield source, num_bytes, name or "image file"
+        return
     path = Path(source)
+    name = name or str(path)
     if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file")
+        raise FileNotFoundError(f"{name}: no such file")
     if path.is_dir():
-        raise ValueError(f"{path}: is a directory, must be an image file")
+        raise ValueError(f"{name}: is a directory, must be an image file")
     try:
         with path.open("rb") as file:
-            return _read_file(file, path.stat().st_size, str(path))
+            yield file, path.stat().st_size, name
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({_one_line(error)})") from error
+        raise ValueError(f"{name}: cannot be read ({_one_line(error)})") from error
 
 
-def _read_file(file, num_bytes: int, name: str) -> Image.Image:
+def _header(file: BinaryIO, num_bytes: int, name: str) -> Image.Image:
+    """The picture with its header read, pixels not yet."""
     if num_bytes == 0:
         raise ValueError(f"{name}: the file is empty")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `_decode` has its own limit
-            image = Image.open(file)
+            return Image.open(file)
     except Image.DecompressionBombError as error:
         raise ValueError(f"{name}: over {MAX_PIXELS} pixels by its header") from error
     except UnidentifiedImageError as error:
         raise ValueError(f"{name}: not an image in a format that Pillow reads") from error
     except Exception as error:  # each of Pillow's readers has its own way to fail on a broken file
         raise ValueError(f"{name}: broken image file ({_one_line(error)})") from error
-    with image:
-        return _decode(image, name)
 
 
 def _decode(image: Image.Image, name: str) -> Image.Image:
@@ -89,7 +123,7 @@ def _decode(image: Image.Image, name: str) -> Image.Image:
     except Exception as error:  # as above
         raise ValueError(f"{name}: broken image file ({_one_line(error)})") from error
     if num_frames > 1:
-        warnings.warn(f"{name}: has {num_frames} frames, only the first is used", stacklevel=4)
+        warnings.warn(f"{name}: has {num_frames} frames, only the first is used", stacklevel=3)
     upright = _upright(image, name)
     try:
         rgb = _to_rgb(upright)
@@ -104,7 +138,7 @@ def _upright(image: Image.Image, name: str) -> Image.Image:
     try:
         return ImageOps.exif_transpose(image)
     except Exception as error:
-        warnings.warn(f"{name}: EXIF data ignored ({_one_line(error)})", stacklevel=5)
+        warnings.warn(f"{name}: EXIF data ignored ({_one_line(error)})", stacklevel=4)
         return image.copy()
 
 

@@ -1,0 +1,116 @@
+"""Samples that could not be used: counted, logged with path and reason, and too many of them stop the run."""
+
+import json
+import logging
+from collections import Counter, deque
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+NUM_KEPT = 20  # of the last bad samples, for reports
+GRACE = 1000  # samples: until so many are read, the allowed share is taken of this number
+log = logging.getLogger("uniworld.data")
+
+
+class SampleError(ValueError):
+    """Why a sample cannot be used."""
+
+    def __init__(self, path: str, reason: str):
+        super().__init__(f"{path}: {reason}")
+        self.path, self.reason = path, reason
+
+    @classmethod
+    def of(cls, path: str, error: Exception) -> "SampleError":
+        """The error of whatever went wrong with `path`, in one line that does not name it twice."""
+        if isinstance(error, SampleError):
+            return error
+        text = " ".join(str(error).split()).removeprefix(f"{path}: ") or type(error).__name__
+        if not isinstance(error, ValueError | OSError):
+            text = f"{type(error).__name__}: {text}"
+        return cls(path, text)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BadSample:
+    """source: the name of its source; id: of the sample; path: of what is wrong; reason: one line."""
+
+    source: str
+    id: str
+    path: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.id}: {self.path}: {self.reason}"
+
+
+class TooManyBadSamples(ValueError):
+    """More samples than allowed could not be used; `table` shows how many of which source, and the last ones."""
+
+    def __init__(self, message: str, table: str):
+        super().__init__(f"{message}\n{table}")
+        self.table = table
+
+
+class BadSamples:
+    """The report of a rank.
+
+    Args:
+        max_share: of the samples read, above which the run stops.
+        log_file: gets every bad sample as a JSON line, or None.
+    """
+
+    def __init__(self, max_share: float, log_file: Path | None = None):
+        self.max_share, self.log_file = max_share, log_file
+        self.num_read: Counter[str] = Counter()
+        self.num_bad: Counter[str] = Counter()
+        self.last: deque[BadSample] = deque(maxlen=NUM_KEPT)
+
+    @property
+    def total_read(self) -> int:
+        return self.num_read.total()
+
+    @property
+    def total_bad(self) -> int:
+        return self.num_bad.total()
+
+    def record(self, num_read: Mapping[str, int], bad: Sequence[BadSample], grace: int = GRACE) -> None:
+        """Count samples by source. Raises TooManyBadSamples where the share is now above the limit."""
+        self.num_read.update(num_read)
+        for sample in bad:
+            self.num_bad[sample.source] += 1
+            self.last.append(sample)
+            log.warning("bad sample skipped: %s", sample)
+        if bad and self.log_file is not None:
+            with open(self.log_file, "a", encoding="utf-8") as file:
+                file.writelines(json.dumps(asdict(sample)) + "\n" for sample in bad)
+        if bad and self.total_bad > self.max_share * max(self.total_read, grace):
+            raise TooManyBadSamples(
+                f"data.max_bad_share={self.max_share}: {self.total_bad} of {self.total_read} samples read "
+                "could not be used",
+                self.table(),
+            )
+
+    def table(self) -> str:
+        """Counts by source, then the last bad samples, as plain text."""
+        rows = [("source", "read", "bad", "share")]
+        for source in sorted(self.num_read):
+            read, bad = self.num_read[source], self.num_bad[source]
+            rows.append((source, str(read), str(bad), f"{bad / max(1, read):.2%}"))
+        widths = [max(map(len, column)) for column in zip(*rows)]
+        lines = [
+            "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))])
+            for row in rows
+        ]
+        return "\n".join([*lines, "last bad samples:", *(f"  {sample}" for sample in self.last)])
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "num_read": dict(self.num_read),
+            "num_bad": dict(self.num_bad),
+            "last": [asdict(sample) for sample in self.last],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.num_read, self.num_bad = Counter(state["num_read"]), Counter(state["num_bad"])
+        self.last = deque((BadSample(**sample) for sample in state["last"]), maxlen=NUM_KEPT)
