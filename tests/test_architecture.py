@@ -28,6 +28,7 @@ FLOORS = {
     "uniworld.cli_draw": 5,
     "uniworld.cli_chat": 5,
     "uniworld.cli_train": 5,
+    "uniworld.cli_export": 5,
     "uniworld.environment": 5,
 }
 TOP_FLOOR_OF_STRANGERS = 4  # rooms here never import each other

@@ -205,6 +205,28 @@ def train(
 
 
 @app.command()
+def export(
+    checkpoint: Annotated[
+        Path, typer.Argument(metavar="CKPT", help="A checkpoint's folder, or a run's for its newest one.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="The model folder to make.")],
+    ema: Annotated[bool, typer.Option("--ema", help="The averaged weights instead of the last ones.")] = False,
+    connectors_only: Annotated[
+        bool, typer.Option("--connectors-only", help="No model, only the connectors that were trained.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder where it exists.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+) -> None:
+    """Make a model of a training checkpoint: the base's weights with the trained ones in place.
+
+    Example: `uniworld export runs/stage1 -o my-model --ema`
+    """
+    from uniworld import cli_export
+
+    cli_export.export(checkpoint, output, ema=ema, connectors_only=connectors_only, overwrite=overwrite, quiet=quiet)
+
+
+@app.command()
 def env(
     json: Annotated[bool, typer.Option("--json", help="The same as JSON, for bug reports.")] = False,
 ) -> None:

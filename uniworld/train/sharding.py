@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from uniworld.config import TrainConfig
 from uniworld.train.optim import make_optimizer
+from uniworld.train.writer import Collected
 
 BUCKET_NUMEL = 200_000_000  # gradients reduced together, at most
 PERSISTENT_NUMEL = 100_000  # ZeRO 3 keeps parameters below this size whole on every rank
@@ -306,7 +307,7 @@ class Sharded:
 
         Returns: objects for `torch.save` by path, which starts with `tag`. Their tensors are those of the training.
         """
-        files = _Collected()
+        files = Collected()
         writes, self.engine.checkpoint_engine = self.engine.checkpoint_engine, files
         self.engine._copy_recovery_script = lambda folder: None  # it would write at once
         try:
@@ -359,28 +360,6 @@ class Sharded:
             piece.tensor.copy_(tensor)
         if optimizer.persistent_parameters:
             optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
-
-
-class _Collected:
-    """Stands in for DeepSpeed's checkpoint engine and keeps what it would write."""
-
-    def __init__(self):
-        self.states: dict[str, Any] = {}
-
-    def save(self, state_dict: Any, path: str) -> None:
-        self.states[os.path.normpath(path)] = state_dict
-
-    def create(self, info: Any) -> None:
-        pass
-
-    def makedirs(self, path: str, exist_ok: bool = False) -> None:
-        pass
-
-    def commit(self, info: Any) -> bool:
-        return True
-
-    def is_decoupled(self) -> bool:
-        return False
 
 
 def _slice(parameter: nn.Parameter, source: str) -> tuple[int, Tensor] | None:

@@ -128,6 +128,28 @@ class Writer:
         return OSError(f"{self.target}: not saved, older checkpoints are untouched: {reason}")
 
 
+class Collected:
+    """Stands in for DeepSpeed's checkpoint engine and keeps what it would write."""
+
+    def __init__(self):
+        self.states: dict[str, Any] = {}
+
+    def save(self, state_dict: Any, path: str) -> None:
+        self.states[os.path.normpath(path)] = state_dict
+
+    def create(self, info: Any) -> None:
+        pass
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        pass
+
+    def commit(self, info: Any) -> bool:
+        return True
+
+    def is_decoupled(self) -> bool:
+        return False
+
+
 def write_file(path: Path, content: Any) -> int:
     """Write and flush one file to the disk; returns its size in bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
