@@ -102,7 +102,7 @@ def sharded_prodigy() -> type[Optimizer]:
                 state = self.state[p]
                 state["step"] += 1
                 if group["weight_decay"]:
-                    p.mul_(1 - group["weight_decay"] * dlr)
+                    p.add_(p, alpha=-group["weight_decay"] * dlr)
                 p.addcdiv_(state["exp_avg"], state["exp_avg_sq"].sqrt().add_(group["d"] * group["eps"]), value=-dlr)
             group["k"] = k + 1
 
