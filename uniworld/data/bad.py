@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 NUM_KEPT = 20  # of the last bad samples, for reports
-GRACE = 1000  # samples: until so many are read, the allowed share is taken of this number
+GRACE = 1000  # samples: until so many were read, the allowed share is one of this number
 log = logging.getLogger("uniworld.data")
 
 
@@ -62,6 +62,8 @@ class BadSamples:
 
     def __init__(self, max_share: float, log_file: Path | None = None):
         self.max_share, self.log_file = max_share, log_file
+        self.num_samples: Counter[str] = Counter()
+        self.num_unusable: Counter[str] = Counter()
         self.num_read: Counter[str] = Counter()
         self.num_bad: Counter[str] = Counter()
         self.last: deque[BadSample] = deque(maxlen=NUM_KEPT)
@@ -71,32 +73,55 @@ class BadSamples:
         return self.num_read.total()
 
     @property
-    def total_bad(self) -> int:
+    def count(self) -> int:
+        """Bad samples that were read for training; `num_unusable` were never read."""
         return self.num_bad.total()
 
-    def record(self, num_read: Mapping[str, int], bad: Sequence[BadSample], grace: int = GRACE) -> None:
-        """Count samples by source. Raises TooManyBadSamples where the share is now above the limit."""
+    def record_unusable(self, num_samples: Mapping[str, int], bad: Sequence[BadSample], quiet: bool = False) -> None:
+        """Samples that are left out from the start, as their annotation or header is wrong.
+
+        Args:
+            num_samples: of each source, good ones too.
+            quiet: do not log them (another rank does).
+
+        Raises: TooManyBadSamples where they are over the allowed share of all.
+        """
+        self.num_samples.update(num_samples)
+        self.num_unusable.update(sample.source for sample in bad)
+        self._keep(bad, quiet)
+        total, unusable = self.num_samples.total(), self.num_unusable.total()
+        if unusable > self.max_share * total:
+            self._stop(f"{unusable} of {total} samples cannot be used")
+
+    def record(self, num_read: Mapping[str, int], bad: Sequence[BadSample]) -> None:
+        """Samples that were read for training. Raises TooManyBadSamples where the share is now above the limit."""
         self.num_read.update(num_read)
+        self.num_bad.update(sample.source for sample in bad)
+        self._keep(bad, quiet=False)
+        if bad and self.count > self.max_share * max(self.total_read, GRACE):
+            self._stop(f"{self.count} of {self.total_read} samples read could not be used")
+
+    def _keep(self, bad: Sequence[BadSample], quiet: bool) -> None:
+        self.last.extend(bad)
+        if quiet or not bad:
+            return
         for sample in bad:
-            self.num_bad[sample.source] += 1
-            self.last.append(sample)
             log.warning("bad sample skipped: %s", sample)
-        if bad and self.log_file is not None:
+        if self.log_file is not None:
+            self.log_file.parent.mkdir(parents=True, exist_ok=True)
             with open(self.log_file, "a", encoding="utf-8") as file:
                 file.writelines(json.dumps(asdict(sample)) + "\n" for sample in bad)
-        if bad and self.total_bad > self.max_share * max(self.total_read, grace):
-            raise TooManyBadSamples(
-                f"data.max_bad_share={self.max_share}: {self.total_bad} of {self.total_read} samples read "
-                "could not be used",
-                self.table(),
-            )
+
+    def _stop(self, message: str) -> None:
+        raise TooManyBadSamples(f"data.max_bad_share={self.max_share}: {message}", self.table())
 
     def table(self) -> str:
         """Counts by source, then the last bad samples, as plain text."""
-        rows = [("source", "read", "bad", "share")]
-        for source in sorted(self.num_read):
+        rows = [("source", "samples", "unusable", "read", "bad", "share of read")]
+        for source in sorted(self.num_samples | self.num_read):
             read, bad = self.num_read[source], self.num_bad[source]
-            rows.append((source, str(read), str(bad), f"{bad / max(1, read):.2%}"))
+            counts = (self.num_samples[source], self.num_unusable[source], read, bad)
+            rows.append((source, *map(str, counts), f"{bad / read:.2%}" if read else "-"))
         widths = [max(map(len, column)) for column in zip(*rows)]
         lines = [
             "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))])
@@ -105,6 +130,7 @@ class BadSamples:
         return "\n".join([*lines, "last bad samples:", *(f"  {sample}" for sample in self.last)])
 
     def state_dict(self) -> dict[str, Any]:
+        """What was read so far; what cannot be used is found anew at every start."""
         return {
             "num_read": dict(self.num_read),
             "num_bad": dict(self.num_bad),

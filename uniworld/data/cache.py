@@ -55,11 +55,13 @@ def _locked(path: Path) -> Iterator[None]:
     """Holds the lock file beside `path`, so that of the ranks of a machine one works and the others read."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = open(path.with_suffix(".lock"), "w")
+        lock = os.open(path.with_suffix(".lock"), os.O_CREAT | os.O_RDWR)
     except OSError:
         yield
         return
-    with lock:
+    try:
         with contextlib.suppress(OSError):  # some network file systems have no locks
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+    finally:
+        os.close(lock)

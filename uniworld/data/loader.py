@@ -1,0 +1,386 @@
+"""Batches without end, in an order that follows from the seed, with a position that a resume finds again.
+
+What `num_workers` processes have prefetched is no part of the position: it counts batches that were handed out.
+"""
+
+import hashlib
+import logging
+import os
+import signal
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
+
+from uniworld.config import TrainConfig
+from uniworld.data.bad import BadSample, BadSamples, SampleError
+from uniworld.data.batch import TrainBatch
+from uniworld.data.buckets import bucket_of
+from uniworld.data.collate import Collator, SiglipPreprocess
+from uniworld.data.dataset import Dataset, SampleIndex
+from uniworld.data.plan import EpochPlan, Mixture, Planner, forward_flops
+from uniworld.models.prompts import PromptProcessor, training_pieces
+
+SIGLIP_TOKENS = 1024  # semantic tokens a reference at full scale
+NUM_TEXTS = 256  # of a source, tokenized to learn how many tokens a byte makes
+NEAR_COST = 1.02  # batches whose costs differ by less may stand for each other
+DROP_PROMPT = 2  # kind of random draw; plan.py has 0 and 1
+log = logging.getLogger("uniworld.data")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What became of a planned batch; `batch` is None where every sample was bad."""
+
+    batch: TrainBatch | None
+    num_read: dict[str, int]
+    bad: list[BadSample]
+
+
+class BatchReader(TorchDataset):
+    """Makes planned batches; runs in the worker processes.
+
+    Args:
+        bucket_sizes: (height, width) of each bucket number; buckets: [N], bucket number of each sample.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        collator: Collator,
+        buckets: np.ndarray,
+        bucket_sizes: list[tuple[int, int]],
+        config: TrainConfig,
+    ):
+        self.dataset, self.collator = dataset, collator
+        self.buckets, self.bucket_sizes = buckets, bucket_sizes
+        self.seed, self.drop_prompt_rate = config.seed, config.data.drop_prompt_rate
+
+    def __getitem__(self, items: tuple[tuple[int, int], ...]) -> Loaded:
+        prepared, bad, num_read = [], [], Counter()
+        for number, round in items:
+            num_read[self.dataset.locate(number)[0].name] += 1
+            try:
+                sample = self.dataset[number]
+                if self.drops_prompt(number, round):
+                    sample = sample.without_prompt()
+                prepared.append(self.collator.prepare(sample, self.bucket_sizes[self.buckets[number]]))
+            except SampleError as error:
+                bad.append(self.dataset.bad_sample(number, error))
+        return Loaded(self.collator.collate(prepared) if prepared else None, dict(num_read), bad)
+
+    def drops_prompt(self, number: int, round: int) -> bool:
+        return np.random.default_rng((self.seed, DROP_PROMPT, number, round)).random() < self.drop_prompt_rate
+
+
+@dataclass
+class Position:
+    """The next batch to hand out: `step` of `epoch`, whose plan began with `carried`.
+
+    taken: for each epoch, the steps whose batch was handed out early, in place of a bad one.
+    """
+
+    epoch: int = 0
+    step: int = 0
+    carried: np.ndarray = field(default_factory=lambda: np.empty((0, 2), np.int64))
+    taken: dict[int, set[int]] = field(default_factory=dict)
+
+
+class Loader:
+    """An endless iterator of this rank's batches.
+
+    Args:
+        processor: of the model; the training settings are made from `config`.
+        siglip_preprocess: the semantic encoder's view of reference pictures, or None where it is not used.
+        siglip_tokens: semantic tokens a reference, for the cost; by default those of full scale.
+        bad_log: gets every bad sample as a JSON line.
+        progress: called with (headers read, headers to read) while a new source is indexed.
+
+    Attributes:
+        bad: the `BadSamples` report of this rank.
+        epoch: of the next batch. num_steps_per_epoch: batches that a rank gets from the current epoch.
+
+    Raises:
+        ValueError, FileNotFoundError: a source cannot be used. TooManyBadSamples: here or from `next`.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        *,
+        processor: PromptProcessor,
+        siglip_preprocess: SiglipPreprocess | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+        siglip_tokens: int | None = None,
+        bad_log: Path | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ):
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank={rank}: must be from 0 to {world_size - 1}")
+        self.config, self.rank, self.world_size = config, rank, world_size
+        self.dataset = Dataset(config.data.sources)
+        self.bad = BadSamples(config.data.max_bad_share, bad_log)
+        self.index = self.dataset.read_index(progress)
+        self._record_unusable()
+        if siglip_tokens is None:
+            siglip_tokens = SIGLIP_TOKENS if siglip_preprocess is not None else 0
+        collator = Collator(config.data, processor, siglip_preprocess)
+        buckets, sizes = sort_into_buckets(self.index, config)
+        tokens = estimate_tokens(self.dataset, self.index, collator.processor, buckets, sizes, siglip_tokens)
+        self.planner = Planner(
+            Mixture(self._groups(), config.seed),
+            buckets,
+            forward_flops(tokens),
+            batch_size=config.data.batch_size,
+            world_size=world_size,
+        )
+        self.reader = BatchReader(self.dataset, collator, buckets, sizes, config)
+        self._position = Position()
+        self._plans: dict[int, EpochPlan] = {}
+        self._arrivals: Iterator[Loaded] | None = None
+        self._fingerprint = self._hash(buckets, tokens)
+
+    def __iter__(self) -> "Loader":
+        return self
+
+    def __next__(self) -> TrainBatch:
+        if self._arrivals is None:
+            self._arrivals = self._start()
+        at = self._position
+        self._skip_empty_epochs()
+        loaded = next(self._arrivals)
+        cost = float(self._plan(at.epoch).costs[at.step, self.rank])
+        if at.step in at.taken.get(at.epoch, ()):
+            loaded = None
+        else:
+            self._record(loaded)
+        while loaded is None or loaded.batch is None:
+            epoch, step = self._substitute(cost)
+            at.taken.setdefault(epoch, set()).add(step)
+            loaded = self.reader[_items(self._plan(epoch), step, self.rank)]
+            self._record(loaded)
+        at.step += 1
+        if at.step == len(self._plan(at.epoch)):
+            self._next_epoch()
+        return loaded.batch
+
+    @property
+    def epoch(self) -> int:
+        return self._position.epoch
+
+    @property
+    def num_steps_per_epoch(self) -> int:
+        return len(self._plan(self._position.epoch))
+
+    def close(self) -> None:
+        """Stop the workers."""
+        self._arrivals = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position and the report of bad samples, as JSON takes them."""
+        at = self._position
+        return {
+            "epoch": at.epoch,
+            "step": at.step,
+            "carried": at.carried.tolist(),
+            "taken": {str(epoch): sorted(steps) for epoch, steps in at.taken.items()},
+            "num_steps": self.num_steps_per_epoch,
+            "fingerprint": self._fingerprint,
+            "bad": self.bad.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on after the batch that was handed out last when `state` was taken.
+
+        Where the data, the number of ranks or the batch size are others than then, the order is another too: the
+        epoch goes on at the same share of it, with a warning.
+        """
+        self.close()
+        self._plans = {}
+        self.bad.load_state_dict(state["bad"])
+        if state["fingerprint"] == self._fingerprint:
+            self._position = Position(
+                epoch=state["epoch"],
+                step=state["step"],
+                carried=np.array(state["carried"], np.int64).reshape(-1, 2),
+                taken={int(epoch): set(steps) for epoch, steps in state["taken"].items()},
+            )
+            return
+        share = state["step"] / max(1, state["num_steps"])
+        self._position = Position(epoch=state["epoch"])
+        self._position.step = int(share * len(self._plan(state["epoch"])))
+        log.warning(
+            "the data, the number of ranks or the batch size changed since the checkpoint: "
+            "epoch %d goes on at %.0f %%, some of its samples are seen twice or not at all",
+            state["epoch"],
+            100 * share,
+        )
+
+    def _start(self) -> Iterator[Loaded]:
+        """Read planned batches from the position on, ahead of time where there are workers."""
+        num_workers = self.config.data.num_workers
+        if num_workers:
+            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it warns in forked workers
+        return iter(
+            DataLoader(
+                self.reader,
+                batch_size=None,
+                sampler=_Ahead(self),
+                num_workers=num_workers,
+                collate_fn=_unchanged,
+                prefetch_factor=2 if num_workers else None,
+                # forked workers share the annotations; torch's global generator stays as it is
+                multiprocessing_context="fork" if num_workers else None,
+                generator=torch.Generator(),
+                worker_init_fn=_init_worker,
+            )
+        )
+
+    def _plan(self, epoch: int) -> EpochPlan:
+        if epoch not in self._plans:
+            at = self._position
+            carried = at.carried if epoch == at.epoch else self._plan(epoch - 1).carried
+            self._plans[epoch] = self.planner.plan(epoch, carried)
+        return self._plans[epoch]
+
+    def _next_epoch(self) -> None:
+        at = self._position
+        at.carried = self._plan(at.epoch).carried
+        at.taken.pop(at.epoch, None)
+        self._plans.pop(at.epoch)
+        at.epoch, at.step = at.epoch + 1, 0
+
+    def _skip_empty_epochs(self) -> None:
+        """Pass epochs that have no step, as with fewer samples than ranks; what they carry adds up."""
+        while len(self._plan(self._position.epoch)) == 0:
+            self._next_epoch()
+
+    def _substitute(self, cost: float) -> tuple[int, int]:
+        """A batch of this rank, as late in the epoch as can be, that costs what the bad one would have.
+
+        So every rank stays at the cost of its neighbours. When the epoch has none left, it is the next epoch's.
+        """
+        at = self._position
+        for epoch in range(at.epoch, at.epoch + 1000):
+            first = at.step + 1 if epoch == at.epoch else 0
+            costs = self._plan(epoch).costs[first:, self.rank]
+            free = np.array([first + i not in at.taken.get(epoch, ()) for i in range(len(costs))], bool)
+            if not free.any():
+                continue
+            distance = np.where(free, np.abs(np.log(costs / cost)), np.inf)
+            near = np.flatnonzero(distance <= np.log(NEAR_COST))
+            if len(near):
+                return epoch, first + int(near[-1])
+            if epoch > at.epoch:
+                return epoch, first + int(np.argmin(distance))
+        raise ValueError("data.sources: no usable sample is left")
+
+    def _record(self, loaded: Loaded) -> None:
+        self.bad.record(loaded.num_read, loaded.bad)
+
+    def _record_unusable(self) -> None:
+        """Count what the index found, and stop at once where that is too much of it."""
+        num_samples = Counter()
+        for source in self.dataset.parts:
+            num_samples[source.name] += len(source)
+        self.bad.record_unusable(num_samples, list(self.index.bad.values()), quiet=self.rank > 0)
+        if not len(self.index.usable):
+            raise ValueError(f"data.sources: none of {len(self.dataset)} samples can be used")
+
+    def _groups(self) -> list[tuple[np.ndarray, float]]:
+        usable = self.index.usable
+        return [
+            (usable[(usable >= first) & (usable < end)], weight) for first, end, weight in self.dataset.groups
+        ]
+
+    def _hash(self, buckets: np.ndarray, tokens: np.ndarray) -> str:
+        data = self.config.data
+        settings = [self.config.seed, data.batch_size, self.world_size, [s.weight for s in data.sources]]
+        digest = hashlib.sha256(repr(settings).encode())
+        for array in (self.index.rows, buckets, tokens.round().astype(np.int64)):
+            digest.update(np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()[:32]
+
+
+class _Ahead:
+    """What the workers read next: the plan from the loader's position on, in order."""
+
+    def __init__(self, loader: Loader):
+        self.loader = loader
+
+    def __iter__(self) -> Iterator[tuple[tuple[int, int], ...]]:
+        loader = self.loader
+        epoch, step = loader.epoch, loader._position.step
+        while True:
+            plan = loader._plan(epoch)
+            for ahead in range(step, len(plan)):
+                taken = ahead in loader._position.taken.get(epoch, ())
+                yield () if taken else _items(plan, ahead, loader.rank)
+            epoch, step = epoch + 1, 0
+
+
+def sort_into_buckets(index: SampleIndex, config: TrainConfig) -> tuple[np.ndarray, list[tuple[int, int]]]:
+    """The bucket number of each sample, int64 [N] (-1 where unusable), and each bucket's (height, width)."""
+    sizes, inverse = np.unique(index.rows[:, :2], axis=0, return_inverse=True)
+    buckets_of_sizes = [bucket_of(h, w, config.data) if h > 0 else (0, 0) for h, w in sizes.tolist()]
+    numbers = {size: number for number, size in enumerate(sorted(set(buckets_of_sizes) - {(0, 0)}))}
+    of_sizes = np.array([numbers.get(size, -1) for size in buckets_of_sizes], np.int64)
+    return of_sizes[inverse.reshape(-1)], list(numbers)
+
+
+def estimate_tokens(
+    dataset: Dataset,
+    index: SampleIndex,
+    processor: PromptProcessor,
+    buckets: np.ndarray,
+    sizes: list[tuple[int, int]],
+    siglip_tokens: int,
+) -> np.ndarray:
+    """Tokens of each sample in the DiT, [N]: target, references and prompt, the prompt by its bytes."""
+    target_tokens = np.array([height * width // 256 for height, width in sizes])[buckets]
+    vision = processor.vision
+    vlm_tokens = vision.max_pixels // (vision.patch_size * vision.merge_size) ** 2
+    text_tokens = np.zeros(len(dataset))
+    for part, start in zip(dataset.parts, dataset.starts.tolist()):
+        rows = index.rows[start : start + len(part)]
+        usable = np.flatnonzero(rows[:, 0] > 0)
+        chosen = usable[:: max(1, len(usable) // NUM_TEXTS)]
+        counted = [
+            len(processor.tokenize(training_pieces(part[number].conversations))) for number in chosen.tolist()
+        ]
+        text_tokens[start : start + len(part)] = _fit(rows[chosen, 3], np.array(counted), rows[:, 3])
+    num_references = index.rows[:, 2]
+    return target_tokens + text_tokens + num_references * (vlm_tokens + siglip_tokens)
+
+
+def _fit(num_bytes: np.ndarray, num_tokens: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Tokens of texts of `wanted` bytes, by a straight line through the counted ones."""
+    if not len(num_bytes):
+        return np.zeros(len(wanted))
+    x, y = num_bytes - num_bytes.mean(), num_tokens - num_tokens.mean()
+    slope = max(0.0, float((x * y).sum() / max(1.0, (x * x).sum())))
+    return np.maximum(1.0, num_tokens.mean() + slope * (wanted - num_bytes.mean()))
+
+
+def _items(plan: EpochPlan, step: int, rank: int) -> tuple[tuple[int, int], ...]:
+    return tuple((number, round) for number, round in plan.items[step, rank].tolist())
+
+
+def _unchanged(loaded: Loaded) -> Loaded:
+    return loaded
+
+
+def _init_worker(_: int) -> None:
+    """A signal to the whole job is the trainer's to answer: it may want some batches yet."""
+    import cv2
+
+    cv2.setNumThreads(1)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
