@@ -1,8 +1,13 @@
 """What tests of the trainer run on: a small random model with encoder states, and a source of random pictures.
 
+    python train_fakes.py train CONFIG...    is `uniworld train CONFIG...` on random pictures
+
 Letters: B batch, L tokens.
 """
 
+import json
+import os
+import signal
 from dataclasses import dataclass
 
 import torch
@@ -77,9 +82,14 @@ class Report:
 
 
 class RandomPictures:
-    """An endless source of edits of random pictures, every rank its own; `next_number` is all its state."""
+    """An endless source of edits of random pictures, every rank its own; `next_number` is all its state.
+
+    The environment variable TRAIN_FAKE says what happens at which batch, such as {"nan": [3, 4], "fail": [5],
+    "signal": [6]}: pictures that are not finite, an error and a SIGTERM on the last rank.
+    """
 
     def __init__(self, config, parts, rank, world_size):
+        self.events = json.loads(os.environ.get("TRAIN_FAKE", "{}")) if rank == world_size - 1 else {}
         self.config, self.parts, self.rank, self.world_size, self.next_number = config, parts, rank, world_size, 0
         self.bad = Report()
 
@@ -89,6 +99,11 @@ class RandomPictures:
     def __next__(self) -> TrainBatch:
         number, self.next_number = self.next_number, self.next_number + 1
         size, side = self.config.data.batch_size, int(self.config.data.anchor_px**0.5)
+        if number in self.events.get("fail", ()):
+            raise ValueError(f"batch {number} cannot be read")
+        if number in self.events.get("signal", ()):
+            os.kill(os.getpid(), signal.SIGTERM)
+        scale = torch.nan if number in self.events.get("nan", ()) else 2.0
         generator = torch.Generator().manual_seed(number * self.world_size + self.rank)
         pixels = torch.randint(256, (size, 8, 8, 3), dtype=torch.uint8, generator=generator)
         pictures = [Image.fromarray(p.numpy()).resize((56, 56)) for p in pixels]
@@ -102,7 +117,7 @@ class RandomPictures:
             inputs=self.parts.processor.encode(prompts, [[p] for p in pictures]),
             siglip_pixels=siglip,
             instructions=tuple(words),
-            target=torch.rand(size, 3, side, side, generator=generator) * 2 - 1,
+            target=torch.rand(size, 3, side, side, generator=generator) * scale - 1,
             region_weight=None,
             sample_ids=tuple(f"random:{number}:{i}" for i in range(size)),
         )
@@ -119,3 +134,12 @@ def open_random_pictures(config, parts, world) -> Batches:
     source = RandomPictures(config, parts, world.rank, world.size)
     encoders = Encoders(parts, use_siglip=inserts_siglip(config.stage), use_t5=config.model.use_t5)
     return Batches(source, encoders.encode, lambda: source.bad.count)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    from uniworld import cli
+    from uniworld.train import build
+
+    build.open_batches = open_random_pictures
+    cli.main()

@@ -159,7 +159,7 @@ class _TensorBoard:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ModuleNotFoundError:
-            raise ModuleNotFoundError("tensorboard=true: pip install tensorboard") from None
+            raise ValueError("tensorboard=true: pip install tensorboard") from None
         self.writer = SummaryWriter(str(Path(config.run_dir) / "tensorboard"))
 
     def log(self, step: int, record: dict[str, Any]) -> None:
@@ -176,7 +176,7 @@ class _Wandb:
         try:
             import wandb
         except ModuleNotFoundError:
-            raise ModuleNotFoundError(f"wandb_project={config.wandb_project}: pip install wandb") from None
+            raise ValueError(f"wandb_project={config.wandb_project}: pip install wandb") from None
         name = Path(config.run_dir).name
         folder = str(Path(config.run_dir).resolve())
         self.run = wandb.init(

@@ -28,7 +28,7 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 def make_optimizer(config: OptimConfig, parameters: Sequence[nn.Parameter]) -> Optimizer:
     """The optimizer over one group of parameters.
 
-    Raises: ModuleNotFoundError naming what to install for "prodigy" and "adamw8bit".
+    Raises: ValueError naming what to install for "prodigy" and "adamw8bit".
     """
     return OPTIMIZERS[config.name](config, parameters)
 
@@ -53,8 +53,8 @@ def _common(config: OptimConfig) -> dict:
     return {"lr": config.lr, "betas": config.betas, "eps": config.eps, "weight_decay": config.weight_decay}
 
 
-def _missing(error: ModuleNotFoundError, name: str, package: str) -> ModuleNotFoundError:
-    return ModuleNotFoundError(f"optim.name={name}: {error.name} is missing; pip install {package}")
+def _missing(error: ModuleNotFoundError, name: str, package: str) -> ValueError:
+    return ValueError(f"optim.name={name}: {error.name} is missing; pip install {package}")
 
 
 OPTIMIZERS: dict[str, Callable[[OptimConfig, Sequence[nn.Parameter]], Optimizer]] = {

@@ -67,7 +67,7 @@ class World:
 def init(timeout_s: float = 1800) -> World:
     """Join the process group that torchrun or the deepspeed launcher describes, or make one of this process alone.
 
-    NCCL on GPUs, gloo on CPUs. Raises: ModuleNotFoundError with what to install where DeepSpeed is missing.
+    NCCL on GPUs, gloo on CPUs. Raises: ValueError with what to install where DeepSpeed is missing.
     """
     deepspeed = _import_deepspeed()
     _describe_lone_process()
@@ -108,7 +108,7 @@ def _import_deepspeed() -> Any:
     try:
         import deepspeed
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"{error.name} is missing; training needs: pip install 'uniworld[train]'") from None
+        raise ValueError(f"{error.name} is missing; training needs: pip install 'uniworld[train]'") from None
     deepspeed.utils.logger.setLevel(logging.ERROR)  # it warns on every start
     return deepspeed
 

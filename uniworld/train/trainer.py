@@ -7,7 +7,6 @@ once a step.
 
 import signal
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,20 +37,12 @@ class Trainer:
     Args:
         config: of the run.
         quiet: no progress on stderr.
-        open_batches: makes the batches from config, parts and world.
-
     Attributes:
         step: steps done; sharded, ema: of the run, once `run` has built them.
     """
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        *,
-        quiet: bool = False,
-        open_batches: Callable[..., build.Batches] = build.open_batches,
-    ):
-        self.config, self.quiet, self._open_batches = config, quiet, open_batches
+    def __init__(self, config: TrainConfig, *, quiet: bool = False):
+        self.config, self.quiet = config, quiet
         self.step = self.skipped_steps = self.skipped_in_row = 0
 
     def run(self) -> int:
@@ -77,7 +68,7 @@ class Trainer:
         model = build.build_train_model(config, self.parts)
         self.num_parameters = sum(p.numel() for p in model.parameters())
         self._flops, self._peak = StepFlops(model), peak_flops(self.world.device)
-        self.batches = self._open_batches(config, self.parts, self.world)
+        self.batches = build.open_batches(config, self.parts, self.world)
         self._iterator = iter(self.batches.source)
         self.sharded = Sharded(model, config, self.world)
         self.ema = ShardedEMA(self.sharded, config.ema) if config.ema.enabled else None

@@ -1,0 +1,122 @@
+"""Whole runs of the command `train` on the model tiny, as processes: stopping, going on, and what ends a run."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from uniworld.train.metrics import read_metrics
+
+pytest.importorskip("deepspeed")
+
+HERE = Path(__file__).parent
+SETTINGS = {
+    "num_steps": 6,
+    "model": {"path": "tiny"},
+    "data": {"anchor_px": 64 * 64},
+    "sharding": {"dtype": "fp32"},
+    "checkpoint": {"every_steps": 2},
+}
+
+
+def train(run_dir, *overrides, ranks=1, fake="{}"):
+    """The finished process of one run on random pictures."""
+    config = run_dir.parent / "config.yaml"
+    config.write_text(yaml.safe_dump(SETTINGS | {"run_dir": str(run_dir)}))
+    command = [str(HERE / "train_fakes.py"), "train", str(config), *overrides]
+    if ranks > 1:
+        command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *command]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TRAIN_FAKE": fake, "COLUMNS": "200"}
+    return subprocess.run(
+        [sys.executable, *command], env=environment, capture_output=True, text=True, timeout=200
+    )
+
+
+def losses(run_dir):
+    return [(r["step"], r["loss"], r["grad_norm"]) for r in read_metrics(run_dir)]
+
+
+def checkpoints(run_dir):
+    return sorted(p.name for p in (run_dir / "checkpoints").iterdir())
+
+
+def average(run_dir, step, ranks):
+    files = [run_dir / f"checkpoints/step-{step:08d}/ema/rank-{r:05d}.safetensors" for r in range(ranks)]
+    return [load_file(file) for file in files]
+
+
+@pytest.mark.parametrize("ranks, stage", [(1, "stage1"), (2, "stage2")])
+def test_a_signal_saves_and_the_same_command_goes_on(tmp_path, ranks, stage):
+    """SIGTERM reaches the last rank while it reads batch 3, the fourth; all ranks finish step 4 and save."""
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    settings = (f"stage.preset={stage}", "sharding.accumulation_steps=1")
+    done = train(whole, *settings, ranks=ranks)
+    assert done.returncode == 0, done.stderr
+    assert f"{stage}: trains " in done.stderr and "starts anew, 6 steps in all" in done.stderr
+    assert checkpoints(whole) == ["step-00000002", "step-00000004", "step-00000006"]
+
+    first = train(stopped, *settings, "checkpoint.every_steps=100", ranks=ranks, fake='{"signal": [3]}')
+    assert first.returncode == (143 if ranks == 1 else 1), first.stderr  # torchrun's own code is 1
+    assert first.stderr.count("exitcode  : 143") == (0 if ranks == 1 else ranks)
+    assert "stopped by signal after step 4; run again to go on" in first.stderr
+    assert checkpoints(stopped) == ["step-00000004"]
+    second = train(stopped, *settings, ranks=ranks)
+    assert second.returncode == 0, second.stderr
+    assert "goes on from step-00000004" in second.stderr
+    assert losses(stopped) == losses(whole)
+    for mine, theirs in zip(average(stopped, 6, ranks), average(whole, 6, ranks)):
+        assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def test_a_finished_run_has_nothing_to_do(tmp_path):
+    for _ in range(2):
+        done = train(tmp_path / "run", "num_steps=2")
+        assert done.returncode == 0, done.stderr
+    assert "goes on from step-00000002, 2 steps in all" in done.stderr
+    assert [step for step, *_ in losses(tmp_path / "run")] == [1, 2]
+
+
+def test_bad_steps_are_skipped_and_too_many_in_a_row_end_the_run(tmp_path):
+    run = tmp_path / "run"
+    done = train(run, "max_bad_steps=3", "num_steps=20", ranks=2, fake='{"nan": [1, 2, 4, 5, 6]}')
+    assert done.returncode == 1
+    expected = (
+        "error: max_bad_steps=3: loss or gradient was not finite in as many steps in a row, up to step 7; "
+        f"the last good checkpoint is {run}/checkpoints/step-00000006"
+    )
+    assert done.stderr.count(expected) == 2
+    records = list(read_metrics(run))
+    assert [r["skipped_steps"] for r in records] == [0, 1, 2, 2, 3, 4]
+    assert [r["loss"] is None for r in records] == [False, True, True, False, True, True]
+    parameters = [average(run, step, 2)[0] for step in (2, 4, 6)]
+    assert all(value.isfinite().all() for values in parameters for value in values.values())
+    assert all(torch.equal(parameters[1][name], parameters[2][name]) for name in parameters[1])  # steps 5 and 6
+    assert not all(torch.equal(parameters[0][name], parameters[1][name]) for name in parameters[0])  # step 4
+
+
+def test_an_error_on_one_rank_ends_all(tmp_path):
+    done = train(tmp_path / "run", ranks=2, fake='{"fail": [2]}')
+    assert done.returncode == 1
+    assert "error: batch 2 cannot be read" in done.stderr
+    assert "error: rank 1 failed; see its error" in done.stderr
+    assert [step for step, *_ in losses(tmp_path / "run")] == [1, 2]
+
+
+def test_mistakes_are_one_line_and_exit_2(tmp_path):
+    for override, message in (
+        ("optim.learning_rate=1", "optim.learning_rate: unknown key"),
+        ("optim.name=adamw8bit", "optim.name=adamw8bit: "),
+        ("checkpoint.resume=nowhere", "checkpoint.resume=nowhere: no such folder"),
+    ):
+        done = train(tmp_path / "run", override)
+        if override.endswith("8bit") and "is missing" not in done.stderr:
+            continue  # it is installed
+        assert done.returncode == 2, done.stderr
+        error = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+        assert len(error) == 1 and message in error[0]
+        assert "Traceback" not in done.stderr
