@@ -24,7 +24,7 @@ from uniworld.train.checkpoints import commit, flush_file, hidden, rotate, write
 
 POLL_S = 0.01
 FULL = (errno.ENOSPC, errno.EDQUOT)
-GIB = 1024**3
+GIB, MIB = 1024**3, 1024**2
 
 
 @dataclass(kw_only=True)
@@ -70,8 +70,10 @@ class Writer:
             sizes = {name: write_file(temporary / name, content) for name, content in self.files.items()}
             _mark(temporary, self.rank, {"files": sizes})
         except Exception as error:
+            for name in self.files:  # first, since the markers need room on a full disk
+                (temporary / name).unlink(missing_ok=True)
             self.error = self._explained(error)
-            self._give_up(temporary)
+            self._tell_rank_0(temporary)
         self.files = {}
         if self.rank == 0:
             self._finish(temporary)
@@ -103,10 +105,7 @@ class Writer:
         text = path.read_text(encoding="utf-8")
         return json.loads(text) if text else {"error": f"{self.target}: not saved: rank {rank} could not write"}
 
-    def _give_up(self, temporary: Path) -> None:
-        """Tell rank 0. This rank's files go first: the marker needs room on a full disk."""
-        for name in self.files:
-            (temporary / name).unlink(missing_ok=True)
+    def _tell_rank_0(self, temporary: Path) -> None:
         if self.rank == 0:
             return
         try:
@@ -122,7 +121,7 @@ class Writer:
         if getattr(error, "errno", None) in FULL or "No space left" in reason or "unexpected pos" in reason:
             needed = sum(num_bytes(content) for content in self.files.values()) * self.world_size
             reason = (
-                f"the disk is full: a checkpoint takes about {needed / GIB:.2f} GiB, {free / GIB:.2f} GiB are free; "
+                f"the disk is full: a checkpoint takes about {in_words(needed)}, {in_words(free)} are free; "
                 f"make room there, or lower checkpoint.keep={self.keep}"
             )
         return OSError(f"{self.target}: not saved, older checkpoints are untouched: {reason}")
@@ -172,6 +171,11 @@ def write_file(path: Path, content: Any) -> int:
 def on_cpu(content: Any) -> Any:
     """A deep copy with every tensor on the CPU, sharing memory with nothing that training changes."""
     return mapped(content, lambda tensor: tensor.detach().to("cpu", copy=True))
+
+
+def in_words(size: int) -> str:
+    """Bytes in GiB, or MiB where they are fewer."""
+    return f"{size / GIB:.1f} GiB" if size >= GIB else f"{size / MIB:.1f} MiB"
 
 
 def num_bytes(content: Any) -> int:
