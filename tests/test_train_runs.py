@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from data_files import write_authors
 from safetensors.torch import load_file
 
 from uniworld.train.metrics import read_metrics
@@ -120,3 +121,45 @@ def test_mistakes_are_one_line_and_exit_2(tmp_path):
         error = [line for line in done.stderr.splitlines() if line.startswith("error:")]
         assert len(error) == 1 and message in error[0]
         assert "Traceback" not in done.stderr
+
+
+def train_on_files(tmp_path, *overrides):
+    """The finished process of `uniworld train configs/tiny_stage1.yaml` on the data set in `tmp_path`."""
+    settings = {
+        "run_dir": tmp_path / "run",
+        "data.sources": f"[{{path: {tmp_path / 'data.txt'}}}]",
+        "data.anchor_px": 64 * 64,
+        "data.vlm_max_px": 112 * 112,
+    }
+    command = [sys.executable, "-m", "uniworld.cli", "train", str(HERE.parent / "configs" / "tiny_stage1.yaml")]
+    return subprocess.run(
+        [*command, *(f"{key}={value}" for key, value in settings.items()), *overrides],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+
+
+def test_the_loss_falls_on_real_files(tmp_path):
+    """Two pictures again and again, at nearly one noise level, so that the loss moves by what is learned."""
+    write_authors(tmp_path, [0, 0])
+    done = train_on_files(tmp_path, "num_steps=40", "flow.logit_std=0.1", "checkpoint.every_steps=40")
+    assert done.returncode == 0, done.stderr
+    got = [loss for _, loss, _ in losses(tmp_path / "run")]
+    assert sum(got[-10:]) / 10 < 0.93 * sum(got[:5]) / 5
+    assert checkpoints(tmp_path / "run") == ["step-00000040"]
+
+
+def test_bad_samples_over_the_share_are_shown_in_a_table(tmp_path):
+    write_authors(tmp_path, [0, 1, 1, 1])
+    broken = tmp_path / "edits-images" / "1.png"
+    broken.write_bytes(b"no picture")
+    done = train_on_files(tmp_path)
+    assert done.returncode == 2, done.stderr
+    lines = done.stderr.splitlines()
+    assert lines[0].split()[:3] == ["source", "samples", "unusable"] and lines[1].split()[1:3] == ["4", "1"]
+    assert any("last bad samples" in line for line in lines) and str(broken) in done.stderr
+    assert [line for line in lines if line.startswith("error:")] == [
+        "error: data.max_bad_share=0.01: 1 of 4 samples cannot be used"
+    ]

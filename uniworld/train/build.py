@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 
 from uniworld.checkpoint.load import load_uniworld
 from uniworld.config import TrainConfig
+from uniworld.data.loader import Loader
 from uniworld.models.siglip import SemanticEncoder
 from uniworld.models.unified import UniWorld
 from uniworld.train.blocks import prepare_blocks
@@ -66,14 +68,14 @@ def build_train_model(config: TrainConfig, parts: UniWorld) -> TrainModel:
 
 def open_batches(config: TrainConfig, parts: UniWorld, world: World) -> Batches:
     """Batches of this rank, encoded as they come."""
-    from uniworld.data.loader import Loader
-
     use_siglip = inserts_siglip(config.stage)
     encoders = Encoders(parts, use_siglip=use_siglip, use_t5=config.model.use_t5)
     loader = Loader(
         config,
         processor=parts.processor,
         siglip_preprocess=preprocess_alone(parts.semantic_encoder) if use_siglip else None,
+        siglip_tokens=parts.semantic_encoder.num_tokens if use_siglip else 0,
+        bad_log=Path(config.run_dir) / f"bad_samples_rank{world.rank}.jsonl",
         rank=world.rank,
         world_size=world.size,
     )
