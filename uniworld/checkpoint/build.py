@@ -34,13 +34,16 @@ def build_univa(config: Mapping[str, Any], connectors: Mapping[str, ConnectorSha
     """The parts that a UniWorld checkpoint holds, parameters on meta: vlm, denoiser and the connectors given."""
     try:
         with parameters_on_meta():
-            parts = {
-                VLM: VisionLanguageModel.from_config(dict(config)),
-                DENOISER: FluxTransformer(FluxConfig.from_dict(denoiser_config(config))),
-            }
-            return parts | {name: Connector(*shape) for name, shape in connectors.items()}
+            return {VLM: VisionLanguageModel.from_config(dict(config))} | build_tower(config, connectors)
     except KeyError as error:
         raise ValueError(f"config.json: has no {error.args[0]}") from error
+
+
+def build_tower(config: Mapping[str, Any], connectors: Mapping[str, ConnectorShape]) -> dict[str, nn.Module]:
+    """The denoiser and the connectors given, parameters on meta."""
+    with parameters_on_meta():
+        denoiser = FluxTransformer(FluxConfig.from_dict(denoiser_config(config)))
+        return {DENOISER: denoiser} | {name: Connector(*shape) for name, shape in connectors.items()}
 
 
 def checkpoint_module(part: str, module: nn.Module) -> nn.Module:

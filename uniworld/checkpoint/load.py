@@ -13,6 +13,7 @@ from torch import nn
 
 from uniworld.checkpoint import locate
 from uniworld.checkpoint.build import (
+    build_tower,
     build_univa,
     connector_shapes,
     denoiser_config,
@@ -21,12 +22,14 @@ from uniworld.checkpoint.build import (
     univa_plan,
 )
 from uniworld.checkpoint.connector_files import override_connectors
-from uniworld.checkpoint.names import CONNECTORS
+from uniworld.checkpoint.names import CONNECTORS, TOWER_PREFIX
 from uniworld.checkpoint.precision import checked_dtype, default_device, default_dtype, vae_dtype
 from uniworld.checkpoint.progress import byte_progress
 from uniworld.checkpoint.save import TASK_HEAD_FILE
 from uniworld.checkpoint.tiny import tiny_dir
 from uniworld.checkpoint.weights import Plan, fill, parameters_on_meta, read_headers
+from uniworld.models.connectors import Connector
+from uniworld.models.flux import FluxTransformer
 from uniworld.models.prompts import VISION_END, VISION_START, PromptProcessor
 from uniworld.models.siglip import SemanticEncoder
 from uniworld.models.task_head import TaskHead
@@ -50,6 +53,46 @@ class Folders:
     flux: Path
     siglip: Path
     t5: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenoiserParts:
+    """What training on precomputed states needs: no encoder, tokenizer or VAE."""
+
+    folder: Path
+    denoiser: FluxTransformer
+    denoise_projector: Connector
+    siglip_projector: Connector
+    device: torch.device
+    dtype: torch.dtype
+
+
+def load_denoiser(
+    model: str | Path = TINY,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | str | None = None,
+    progress: bool = True,
+    connectors: str | Path | None = None,
+) -> DenoiserParts:
+    """Load the DiT and its connectors alone; arguments and errors as for `load_uniworld`."""
+    device = default_device() if device is None else torch.device(device)
+    dtype = checked_dtype(dtype or default_dtype(device, tiny=str(model) == TINY))
+    folder = model_folder(model)
+    config = read_config(folder)
+    denoiser_config(config, folder)
+    headers = {k: h for k, h in read_headers(locate.weight_files(folder)).items() if k.startswith(TOWER_PREFIX)}
+    parts = build_tower(config, connector_shapes(headers, str(folder)))
+    plan = univa_plan(folder, headers, parts, device, dtype)
+    plan.check()
+    with byte_progress(f"Loading the DiT of {model}", plan.num_bytes, progress) as advance:
+        fill([plan], advance=advance)
+    for part in parts.values():
+        part.eval()
+    if connectors is not None:
+        override_connectors({name: parts[name] for name in CONNECTORS if name in parts}, Path(connectors))
+    parts.pop("vae_projector", None)
+    return DenoiserParts(folder=folder, **parts, device=device, dtype=dtype)
 
 
 def load_uniworld(
@@ -121,10 +164,16 @@ def load_uniworld(
     )
 
 
-def _find(model: str | Path, flux: str | Path | None, siglip: str | Path | None, use_t5: bool | None) -> Folders:
+def model_folder(model: str | Path) -> Path:
+    """The local folder of a checkpoint, fetched or made first where it is a Hub id or "tiny"."""
     folder = tiny_dir() if str(model) == TINY else locate.resolve_folder("model", model, locate.MODEL_PATTERNS)
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"model={model}: has no config.json")
+    return folder
+
+
+def _find(model: str | Path, flux: str | Path | None, siglip: str | Path | None, use_t5: bool | None) -> Folders:
+    folder = model_folder(model)
     patterns = locate.FLUX_PATTERNS + (() if use_t5 is False else locate.FLUX_T5_PATTERNS)
     flux_folder = locate.resolve_part("flux", flux, folder, patterns, FLUX_EXAMPLE)
     siglip_folder = locate.resolve_part("siglip", siglip, folder, locate.SIGLIP_PATTERNS, SIGLIP_EXAMPLE)

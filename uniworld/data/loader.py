@@ -8,7 +8,7 @@ import logging
 import os
 import signal
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,7 @@ class BatchReader(TorchDataset):
     ):
         self.dataset, self.collator = dataset, collator
         self.buckets, self.bucket_sizes = buckets, bucket_sizes
-        self.seed, self.drop_prompt_rate = config.seed, config.data.drop_prompt_rate
+        self.config = config
 
     def __getitem__(self, items: tuple[tuple[int, int], ...]) -> Loaded:
         prepared, bad, num_read = [], [], Counter()
@@ -68,15 +68,17 @@ class BatchReader(TorchDataset):
             num_read[self.dataset.locate(number)[0].name] += 1
             try:
                 sample = self.dataset[number]
-                if self.drops_prompt(number, round):
+                if drops_prompt(self.config, number, round):
                     sample = sample.without_prompt()
                 prepared.append(self.collator.prepare(sample, self.bucket_sizes[self.buckets[number]]))
             except SampleError as error:
                 bad.append(self.dataset.bad_sample(number, error))
         return Loaded(self.collator.collate(prepared) if prepared else None, dict(num_read), bad)
 
-    def drops_prompt(self, number: int, round: int) -> bool:
-        return np.random.default_rng((self.seed, DROP_PROMPT, number, round)).random() < self.drop_prompt_rate
+
+def drops_prompt(config: TrainConfig, number: int, round: int) -> bool:
+    """Whether a sample is seen without its words in this pass."""
+    return np.random.default_rng((config.seed, DROP_PROMPT, number, round)).random() < config.data.drop_prompt_rate
 
 
 @dataclass
@@ -134,18 +136,30 @@ class Loader:
         collator = Collator(config.data, processor, siglip_preprocess)
         buckets, sizes = sort_into_buckets(self.index, config)
         tokens = estimate_tokens(self.dataset, self.index, collator.processor, buckets, sizes, siglip_tokens)
+        self._begin(BatchReader(self.dataset, collator, buckets, sizes, config), self.dataset.groups, buckets, tokens)
+
+    def _begin(
+        self, reader: TorchDataset, groups: Sequence[tuple[int, int, float]], buckets: np.ndarray, tokens: np.ndarray
+    ) -> None:
+        """Plan from the first epoch on.
+
+        Args:
+            reader: makes `Loaded` of the items of a planned batch.
+            groups: (first, end, weight) of each source; buckets, tokens: [N], of each sample.
+        """
+        self.reader, usable = reader, self.index.usable
+        drawn = [(usable[(usable >= first) & (usable < end)], weight) for first, end, weight in groups]
         self.planner = Planner(
-            Mixture(self._groups(), config.seed),
+            Mixture(drawn, self.config.seed),
             buckets,
             forward_flops(tokens),
-            batch_size=config.data.batch_size,
-            world_size=world_size,
+            batch_size=self.config.data.batch_size,
+            world_size=self.world_size,
         )
-        self.reader = BatchReader(self.dataset, collator, buckets, sizes, config)
         self._position = Position()
         self._plans: dict[int, EpochPlan] = {}
         self._arrivals: Iterator[Loaded] | None = None
-        self._fingerprint = self._hash(buckets, tokens)
+        self._fingerprint = self._hash([weight for _, _, weight in groups], buckets, tokens)
 
     def __iter__(self) -> "Loader":
         return self
@@ -294,15 +308,8 @@ class Loader:
         if not len(self.index.usable):
             raise ValueError(f"data.sources: none of {len(self.dataset)} samples can be used")
 
-    def _groups(self) -> list[tuple[np.ndarray, float]]:
-        usable = self.index.usable
-        return [
-            (usable[(usable >= first) & (usable < end)], weight) for first, end, weight in self.dataset.groups
-        ]
-
-    def _hash(self, buckets: np.ndarray, tokens: np.ndarray) -> str:
-        data = self.config.data
-        settings = [self.config.seed, data.batch_size, self.world_size, [s.weight for s in data.sources]]
+    def _hash(self, weights: list[float], buckets: np.ndarray, tokens: np.ndarray) -> str:
+        settings = [self.config.seed, self.config.data.batch_size, self.world_size, weights]
         digest = hashlib.sha256(repr(settings).encode())
         for array in (self.index.rows, buckets, tokens.round().astype(np.int64)):
             digest.update(np.ascontiguousarray(array).tobytes())
