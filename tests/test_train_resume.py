@@ -42,15 +42,26 @@ def sharded(zero_stage):
     return settings | {"stage": {"preset": "stage2"}}
 
 
-SCENARIOS = [
-    *(scenario(f"{ranks}-whole", (ranks, 20)) for ranks in (1, 2)),
-    *(killed(ranks, kill) for ranks in (1, 2) for kill in KILLS),
-    *(scenario(f"zero{z}-whole", (2, 12), **sharded(z)) for z in STAGES),
-    *(scenario(f"zero{z}-killed", (2, 12, "done 6"), (2, 12), **sharded(z)) for z in STAGES),
-    *(scenario(f"zero{z}-2to1", (2, 7), (1, 7), **sharded(z)) for z in STAGES),
-    *(scenario(f"zero{z}-1to2", (1, 7), (2, 7), **sharded(z)) for z in STAGES),
-    scenario("2to1-goes-on", (2, 10), (1, 12), (2, 14)),
-]
+WHOLE = [scenario(f"{ranks}-whole", (ranks, 20)) for ranks in (1, 2)]
+KILLED = [(ranks, kill) for ranks in (1, 2) for kill in KILLS]
+QUICK_KILLED = [(1, "done 11"), (1, "file 1"), (2, "done 11"), (2, "file 1"), (2, "commit")]
+CHANGED = [(z, before, after) for z in STAGES for before, after in ((2, 1), (1, 2))]
+QUICK_STAGES = (2,)
+GOES_ON = scenario("2to1-goes-on", (2, 10), (1, 12), (2, 14))
+
+
+def divided(stages):
+    """Runs of two ranks under the ZeRO stages, and of numbers of ranks that change."""
+    whole = [scenario(f"zero{z}-whole", (2, 12), **sharded(z)) for z in stages]
+    killed = [scenario(f"zero{z}-killed", (2, 12, "done 6"), (2, 12), **sharded(z)) for z in stages]
+    changed = [scenario(f"zero{z}-{a}to{b}", (a, 7), (b, 7), **sharded(z)) for z, a, b in CHANGED if z in stages]
+    return whole + killed + changed
+
+
+def either(cases, quick):
+    """Parameters of a test: those that are not quick are marked slow."""
+    slow = pytest.mark.slow
+    return [pytest.param(*c, marks=() if c in quick else slow, id="-".join(map(str, c))) for c in cases]
 
 
 def run(scenarios, folder, timeout):
@@ -62,9 +73,24 @@ def run(scenarios, folder, timeout):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def quick_runs(tmp_path_factory):
     pytest.importorskip("deepspeed")
-    return run(SCENARIOS, tmp_path_factory.mktemp("runs"), 280)
+    scenarios = WHOLE + [killed(*case) for case in QUICK_KILLED] + divided(QUICK_STAGES)
+    return run(scenarios, tmp_path_factory.mktemp("quick"), 280)
+
+
+@pytest.fixture(scope="module")
+def slow_runs(tmp_path_factory):
+    pytest.importorskip("deepspeed")
+    scenarios = WHOLE + [killed(*case) for case in KILLED if case not in QUICK_KILLED] + [GOES_ON]
+    return run(scenarios + divided([z for z in STAGES if z not in QUICK_STAGES]), tmp_path_factory.mktemp("slow"), 280)
+
+
+@pytest.fixture
+def runs(request):
+    """The folder with the runs of a test's group."""
+    is_slow = request.node.get_closest_marker("slow")
+    return request.getfixturevalue("slow_runs" if is_slow else "quick_runs")
 
 
 def seen(folder, rank):
@@ -93,8 +119,7 @@ def assert_same_run(folder, whole, ranks, last_step):
     assert_same_state(folder / f"end-{ranks}.pt", whole / f"end-{ranks}.pt")
 
 
-@pytest.mark.parametrize("kill", KILLS)
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks,kill", either(KILLED, QUICK_KILLED))
 def test_killed_and_resumed_bit_by_bit(runs, ranks, kill):
     """On one rank checkpoints are written in turn, on two in the background."""
     folder = runs / f"{ranks}-{kill.replace(' ', '')}"
@@ -110,13 +135,12 @@ def test_killed_and_resumed_bit_by_bit(runs, ranks, kill):
     assert sorted(p.name for p in root.iterdir()) == ["step-00000015", "step-00000020"]
 
 
-@pytest.mark.parametrize("zero_stage", STAGES)
+@pytest.mark.parametrize("zero_stage", either([(z,) for z in STAGES], [(z,) for z in QUICK_STAGES]))
 def test_zero_stages_resume_bit_by_bit(runs, zero_stage):
     assert_same_run(runs / f"zero{zero_stage}-killed", runs / f"zero{zero_stage}-whole", 2, 12)
 
 
-@pytest.mark.parametrize("zero_stage", STAGES)
-@pytest.mark.parametrize("before,after", [(2, 1), (1, 2)])
+@pytest.mark.parametrize("zero_stage,before,after", either(CHANGED, [c for c in CHANGED if c[0] in QUICK_STAGES]))
 def test_another_number_of_ranks(runs, zero_stage, before, after):
     """Parameters, master weights, optimizer state and EMA are the same, only divided otherwise."""
     folder = runs / f"zero{zero_stage}-{before}to{after}"
@@ -124,6 +148,7 @@ def test_another_number_of_ranks(runs, zero_stage, before, after):
     assert len(seen(folder, 0)) == 7, "the second process had nothing to do"
 
 
+@pytest.mark.slow
 def test_going_on_with_another_number_of_ranks(runs):
     folder = runs / "2to1-goes-on"
     assert [s for s, _, _ in seen(folder, 0)] == list(range(1, 15))
