@@ -4,14 +4,16 @@
 
 A scenario is {"id", "config", "attempts": [{"ranks", "until", "kill"}]}: its attempts are processes of one run folder,
 one after the other. All are forked from this one process, which has DeepSpeed imported and trains nothing itself.
-`kill` is null, "done 11" (after step 11), "file 1" (halfway through the second file that a rank writes in this
-attempt's last save, at step `until`), "commit" (before the folder is renamed), "rename" (right after), "old" (while the
-oldest checkpoint is deleted), or a number: seconds after training began.
+`kill` is null or an instant: seconds after training began, "done 11" (after step 11), or one in the attempt's last
+save, which is at step `until`: "file 1" (halfway through the second file that a rank writes), "full 1" (no kill: rank 1
+finds the disk full), "commit" (before the folder is renamed), "rename" (right after), "old" (while the oldest
+checkpoint is deleted).
 
 FOLDER/ID holds the run folder `run`, `seen-RANK.jsonl` with every loss and batch number, and `end-RANKS.pt`, the state
 at the end of the last attempt with so many ranks.
 """
 
+import errno
 import json
 import os
 import random
@@ -108,9 +110,9 @@ def die():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def plan_death(kill, last_step):
-    """Arrange that this process kills itself at the instant that `kill` names."""
-    if kill is None or not isinstance(kill, str) or kill.startswith("done"):
+def plan_death(kill, last_step, rank):
+    """Arrange that this process kills itself, or fails, at the instant that `kill` names."""
+    if not isinstance(kill, str) or kill.startswith("done"):
         return
     write_file, commit, delete = writer.write_file, writer.commit, checkpoints.delete
     target = checkpoints.folder_name(last_step)
@@ -141,8 +143,15 @@ def plan_death(kill, last_step):
             die()
         delete(folder)
 
+    def full(path, content):
+        if target in str(path):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write_file(path, content)
+
     if kill.startswith("file"):
         writer.write_file = cut_off
+    if kill == f"full {rank}":
+        writer.write_file = full
     writer.commit, checkpoints.delete = cut_off_commit, cut_off_delete
 
 
@@ -150,7 +159,7 @@ def rank_process(scenario, attempt, rank, folder):
     """One rank of an attempt, in a process of its own; never returns."""
     config = make_config(scenario, attempt, folder)
     kill = attempt.get("kill")
-    plan_death(kill, attempt["until"])
+    plan_death(kill, attempt["until"], rank)
     log = Log(folder / f"seen-{rank}.jsonl")
     dtype = sharding.DTYPES[config.sharding.dtype]
     build.load_parts = lambda config, world: None
@@ -207,7 +216,8 @@ def start(scenario, attempt, folder):
             os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
             try:
                 rank_process(scenario, attempt, rank, folder)
-            except BaseException:
+            except BaseException as error:
+                (folder / f"error-{rank}.txt").write_text(f"{type(error).__name__}: {error}")
                 traceback.print_exc()
             finally:
                 sys.stderr.flush()
@@ -238,6 +248,10 @@ def attempt_run(scenario, attempt, folder):
                 return reap(pids, scenario)
             time.sleep(0.001)
         kill_all(pids)
+        return False
+    if kill is not None and kill.startswith("full"):
+        codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+        assert codes == [1] * len(pids), f"{scenario['id']}: exit codes {codes}"
         return False
     if kill is not None:  # one rank kills itself, and as launchers do, the others follow
         os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT)

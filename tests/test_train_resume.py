@@ -3,17 +3,20 @@
 import errno
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from uniworld.train import checkpoints, writer
 from uniworld.train.checkpoints import MANIFEST, choose, clean, complete_checkpoints, hidden, rotate, whats_wrong
+from uniworld.train.resume import random_states, set_random_states
 from uniworld.train.writer import Writer
 
 HERE = Path(__file__).parent
@@ -75,7 +78,8 @@ def run(scenarios, folder, timeout):
 @pytest.fixture(scope="module")
 def quick_runs(tmp_path_factory):
     pytest.importorskip("deepspeed")
-    scenarios = WHOLE + [killed(*case) for case in QUICK_KILLED] + divided(QUICK_STAGES)
+    full = scenario("2-full", (2, 15, "full 1"), (2, 20))
+    scenarios = [*WHOLE, *(killed(*case) for case in QUICK_KILLED), *divided(QUICK_STAGES), full]
     return run(scenarios, tmp_path_factory.mktemp("quick"), 280)
 
 
@@ -157,6 +161,16 @@ def test_going_on_with_another_number_of_ranks(runs):
     assert all(0 < loss < 100 for loss in losses)
 
 
+def test_a_full_disk_ends_the_run_on_all_ranks(quick_runs):
+    """Rank 1 cannot write its part of step 15: both stop with an error, and the run goes on from step 10."""
+    folder = quick_runs / "2-full"
+    messages = [(folder / f"error-{rank}.txt").read_text() for rank in range(2)]
+    for message in messages:
+        assert message.startswith("OSError: ") and "the disk is full" in message and "make room there" in message
+    assert_same_run(folder, quick_runs / "2-whole", 2, 20)
+    assert [s for s, _, _ in seen(folder, 1)] == [*range(1, 16), *range(11, 21)]
+
+
 def test_metrics_of_a_killed_run_are_those_of_a_whole_one(runs):
     def losses(folder):
         lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
@@ -174,6 +188,17 @@ def test_a_checkpoint_holds_trained_parameters_only(runs):
     saved = torch.load(folder / "deepspeed" / "mp_rank_00_model_states.pt", weights_only=False)
     assert set(saved["module"]) == set(manifest["trained"])
     assert (folder / "config.yaml").read_text().startswith("run_dir:")
+
+
+def test_random_states_of_every_library_come_back():
+    def drawn():
+        return random.random(), np.random.rand(), torch.rand(()).item()
+
+    states = random_states()
+    first = drawn()
+    assert drawn() != first
+    set_random_states(states)
+    assert drawn() == first
 
 
 @pytest.mark.slow
@@ -221,8 +246,15 @@ def test_rotation_and_choice(tmp_path):
     assert choose(tmp_path, "auto").step == 15
     assert choose("elsewhere", str(root / "step-00000010")).step == 10
     assert choose("elsewhere", str(tmp_path)).step == 15
-    with pytest.raises(ValueError, match="checkpoint.resume=never: .* holds step-00000015"):
-        choose(tmp_path, "never")
+    for resume in ("never", str(root / "step-00000010")):
+        with pytest.raises(
+            ValueError, match=f"checkpoint.resume={resume}: .* holds step-00000015; delete what is newer"
+        ):
+            choose(tmp_path, resume)
+    assert choose(tmp_path, str(root / "step-00000015")).step == 15
+    other = checkpoints.checkpoints_dir(tmp_path / "other")
+    written(other, 3)
+    assert choose(tmp_path / "other", str(tmp_path)).step == 3, "the start gives way to what the run has done since"
     with pytest.raises(FileNotFoundError, match="checkpoint.resume=/nowhere: no such folder"):
         choose(tmp_path, "/nowhere")
     with pytest.raises(ValueError, match="holds no complete checkpoint"):

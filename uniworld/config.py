@@ -165,7 +165,8 @@ class CheckpointConfig:
     asynchronous: bool = False
     """Write in the background while training goes on."""
     resume: str = "auto"
-    """"auto" goes on from the newest complete checkpoint of the run folder, "never" starts anew, or a checkpoint."""
+    """"auto" goes on from the newest complete checkpoint of the run folder; "never" starts anew; the folder of a run or
+    checkpoint starts from that while this run has none of its own."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -107,18 +107,24 @@ def open_checkpoint(path: str | Path, field: str = "checkpoint") -> Checkpoint:
 def choose(run_dir: str | Path, resume: str) -> Checkpoint | None:
     """The checkpoint that `checkpoint.resume` means; None starts anew.
 
-    Raises: ValueError for "never" in a run folder that has checkpoints, which a new run would delete in time.
+    Where it names another run's checkpoint, that is only the start: once this run has its own, the newest of them.
+
+    Raises: ValueError for "never", or a checkpoint of this run, where the run folder has newer ones, which would be
+        deleted in time or be mistaken for this run's; FileNotFoundError where there is no such folder.
     """
-    newest = complete_checkpoints(checkpoints_dir(run_dir))[-1:]
+    root = checkpoints_dir(run_dir)
+    newest = next(reversed(complete_checkpoints(root)), None)
     if resume == "auto":
-        return newest[0] if newest else None
-    if resume == "never":
-        if newest:
-            raise ValueError(
-                f"checkpoint.resume=never: {run_dir} holds {newest[0].folder.name}; take another run_dir, or delete it"
-            )
-        return None
-    return open_checkpoint(resume, "checkpoint.resume")
+        return newest
+    chosen = None if resume == "never" else open_checkpoint(resume, "checkpoint.resume")
+    if newest is None:
+        return chosen
+    if chosen is not None and chosen.folder.resolve().parent != root.resolve():
+        return newest
+    if chosen is None or chosen.step < newest.step:
+        newer = f"{root} holds {newest.folder.name}; delete what is newer, or take another run_dir"
+        raise ValueError(f"checkpoint.resume={resume}: {newer}")
+    return chosen
 
 
 def commit(temporary: Path, target: Path, manifest: dict[str, Any]) -> None:

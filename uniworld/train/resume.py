@@ -180,7 +180,7 @@ class Checkpointer:
 
     def _load_universal(self, checkpoint: Checkpoint) -> None:
         """Load what another number of ranks saved, by way of DeepSpeed's universal checkpoint."""
-        folder = hidden(checkpoint.folder, "universal")
+        folder = hidden(self.root / checkpoint.folder.name, "universal")
         error = None
         if self.world.rank == 0:
             error = _convert_to_universal(checkpoint, folder)
