@@ -7,6 +7,7 @@ import hashlib
 import logging
 import os
 import signal
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from uniworld.config import TrainConfig
-from uniworld.data.bad import BadSample, BadSamples, SampleError
+from uniworld.data.bad import BadSample, BadSamples, SampleError, TooManyBadSamples
 from uniworld.data.batch import TrainBatch
 from uniworld.data.buckets import bucket_of
 from uniworld.data.collate import Collator, SiglipPreprocess
@@ -29,6 +30,7 @@ from uniworld.models.prompts import PromptProcessor, training_pieces
 
 SIGLIP_TOKENS = 1024  # semantic tokens a reference at full scale
 NUM_TEXTS = 256  # of a source, tokenized to learn how many tokens a byte makes
+MAX_TRIES = 200  # batches of bad samples in a row, whatever share of bad samples is allowed
 NEAR_COST = 1.02  # batches whose costs differ by less may stand for each other
 DROP_PROMPT = 2  # kind of random draw; plan.py has 0 and 1
 log = logging.getLogger("uniworld.data")
@@ -43,8 +45,19 @@ class Loaded:
     bad: list[BadSample]
 
 
-class BatchReader(TorchDataset):
-    """Makes planned batches; runs in the worker processes.
+class Reader(TorchDataset):
+    """Makes `Loaded` of the items of a planned batch; runs in the worker processes."""
+
+    def __init__(self, config: TrainConfig):
+        self.seed, self.drop_prompt_rate = config.seed, config.data.drop_prompt_rate
+
+    def drops_prompt(self, number: int, round: int) -> bool:
+        """Whether a sample is seen without its words in this pass."""
+        return np.random.default_rng((self.seed, DROP_PROMPT, number, round)).random() < self.drop_prompt_rate
+
+
+class BatchReader(Reader):
+    """Reads and converts the samples.
 
     Args:
         bucket_sizes: (height, width) of each bucket number; buckets: [N], bucket number of each sample.
@@ -58,9 +71,9 @@ class BatchReader(TorchDataset):
         bucket_sizes: list[tuple[int, int]],
         config: TrainConfig,
     ):
+        super().__init__(config)
         self.dataset, self.collator = dataset, collator
         self.buckets, self.bucket_sizes = buckets, bucket_sizes
-        self.config = config
 
     def __getitem__(self, items: tuple[tuple[int, int], ...]) -> Loaded:
         prepared, bad, num_read = [], [], Counter()
@@ -68,17 +81,12 @@ class BatchReader(TorchDataset):
             num_read[self.dataset.locate(number)[0].name] += 1
             try:
                 sample = self.dataset[number]
-                if drops_prompt(self.config, number, round):
+                if self.drops_prompt(number, round):
                     sample = sample.without_prompt()
                 prepared.append(self.collator.prepare(sample, self.bucket_sizes[self.buckets[number]]))
             except SampleError as error:
                 bad.append(self.dataset.bad_sample(number, error))
         return Loaded(self.collator.collate(prepared) if prepared else None, dict(num_read), bad)
-
-
-def drops_prompt(config: TrainConfig, number: int, round: int) -> bool:
-    """Whether a sample is seen without its words in this pass."""
-    return np.random.default_rng((config.seed, DROP_PROMPT, number, round)).random() < config.data.drop_prompt_rate
 
 
 @dataclass
@@ -139,7 +147,7 @@ class Loader:
         self._begin(BatchReader(self.dataset, collator, buckets, sizes, config), self.dataset.groups, buckets, tokens)
 
     def _begin(
-        self, reader: TorchDataset, groups: Sequence[tuple[int, int, float]], buckets: np.ndarray, tokens: np.ndarray
+        self, reader: Reader, groups: Sequence[tuple[int, int, float]], buckets: np.ndarray, tokens: np.ndarray
     ) -> None:
         """Plan from the first epoch on.
 
@@ -175,7 +183,11 @@ class Loader:
             loaded = None
         else:
             self._record(loaded)
+        num_tries = 0
         while loaded is None or loaded.batch is None:
+            if (num_tries := num_tries + 1) > MAX_TRIES:
+                message = f"data.sources: {MAX_TRIES} batches in a row had no usable sample"
+                raise TooManyBadSamples(message, self.bad.table())
             epoch, step = self._substitute(cost)
             at.taken.setdefault(epoch, set()).add(step)
             loaded = self.reader[_items(self._plan(epoch), step, self.rank)]
@@ -294,7 +306,7 @@ class Loader:
                 return epoch, first + int(near[-1])
             if epoch > at.epoch:
                 return epoch, first + int(np.argmin(distance))
-        raise ValueError("data.sources: no usable sample is left")
+        raise AssertionError("every epoch has samples, so 1000 have a free batch")
 
     def _record(self, loaded: Loaded) -> None:
         self.bad.record(loaded.num_read, loaded.bad)
@@ -385,9 +397,17 @@ def _unchanged(loaded: Loaded) -> Loaded:
 
 
 def _init_worker(_: int) -> None:
-    """A signal to the whole job is the trainer's to answer: it may want some batches yet."""
+    """Let only the trainer stop its workers: when a whole job gets a signal, it may want some batches yet."""
     import cv2
 
     cv2.setNumThreads(1)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    threading.Thread(target=_stop_when_told_by_parent, daemon=True).start()
+
+
+def _stop_when_told_by_parent() -> None:
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
+        pass
+    os._exit(0)
