@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from uniworld.config import from_dict, TrainConfig
+from uniworld.config import TrainConfig, from_dict
 
-WORDS = "a red cat sits under the old blue tree and looks at seven quiet birds near a river".split()
+WORDS = "a red cat sits under the old blue tree and looks at seven quiet birds near a river".split()  # noqa: SIM905
 
 
 def picture(rng: np.random.Generator, width: int, height: int) -> Image.Image:
@@ -46,8 +46,12 @@ def write_authors(
     seed: int = 0,
     name: str = "edits",
     need_weight: bool = True,
+    num_words: int | None = None,
 ) -> Path:
-    """A `data.txt` with one annotation file; sample i has `num_references[i]` inputs and size `sizes[i % len]`."""
+    """A `data.txt` with one annotation file; sample i has `num_references[i]` inputs and size `sizes[i % len]`.
+
+    Captions have `num_words` words, or 1 to 11.
+    """
     rng = np.random.default_rng(seed)
     images = folder / f"{name}-images"
     images.mkdir(parents=True)
@@ -59,7 +63,7 @@ def write_authors(
             names.append(f"{i}-{j}.png")
             base.save(images / names[-1])
         (edited(base) if n else base).save(images / f"{i}.png")
-        text = caption(rng, int(rng.integers(1, 12)))
+        text = caption(rng, num_words or int(rng.integers(1, 12)))
         records.append({"image": [*names, f"{i}.png"], "conversations": turns(text, n)})
     (folder / f"{name}.json").write_text(json.dumps(records))
     with (folder / "data.txt").open("a") as file:

@@ -291,7 +291,8 @@ class Loader:
     def _substitute(self, cost: float) -> tuple[int, int]:
         """A batch of this rank, as late in the epoch as can be, that costs what the bad one would have.
 
-        So every rank stays at the cost of its neighbours. When the epoch has none left, it is the next epoch's.
+        So every rank stays at the cost of its neighbours (a single one has none, and takes any). When the epoch has
+        none left, it is the next epoch's.
         """
         at = self._position
         for epoch in range(at.epoch, at.epoch + 1000):
@@ -301,7 +302,7 @@ class Loader:
             if not free.any():
                 continue
             distance = np.where(free, np.abs(np.log(costs / cost)), np.inf)
-            near = np.flatnonzero(distance <= np.log(NEAR_COST))
+            near = np.flatnonzero(free if self.world_size == 1 else distance <= np.log(NEAR_COST))
             if len(near):
                 return epoch, first + int(near[-1])
             if epoch > at.epoch:

@@ -115,12 +115,10 @@ def _equal_groups(costs: np.ndarray, size: int, from_top: bool) -> np.ndarray:
     """
     if from_top:
         return len(costs) - 1 - _equal_groups(1 / costs[::-1], size, from_top=False)
-    if size == 1:
-        return np.arange(len(costs))[:, None]
     groups, first = [], 0
-    ends = costs[size - 1 :] <= MAX_COST_RATIO * costs[: len(costs) - size + 1]
-    while first < len(ends):
-        if ends[first]:
+    near = costs[size - 1 :] <= MAX_COST_RATIO * costs[: max(0, len(costs) - size + 1)]
+    while first < len(near):
+        if near[first]:
             groups.append(first)
             first += size
         else:
