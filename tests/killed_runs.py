@@ -7,7 +7,7 @@ one after the other. All are forked from this one process, which has DeepSpeed i
 `kill` is null or an instant: seconds after training began, "done 11" (after step 11), or one in the attempt's last
 save, which is at step `until`: "file 1" (halfway through the second file that a rank writes), "full 1" (no kill: rank 1
 finds the disk full), "commit" (before the folder is renamed), "rename" (right after), "old" (while the oldest
-checkpoint is deleted).
+checkpoint is deleted). With "slow" in the scenario every file is written so many seconds later, while training goes on.
 
 FOLDER/ID holds the run folder `run`, `seen-RANK.jsonl` with every loss and batch number, and `end-RANKS.pt`, the state
 at the end of the last attempt with so many ranks.
@@ -155,11 +155,23 @@ def plan_death(kill, last_step, rank):
     writer.commit, checkpoints.delete = cut_off_commit, cut_off_delete
 
 
+def slow_down(seconds):
+    """Have files of checkpoints written only after a while."""
+    write_file = writer.write_file
+
+    def late(path, content):
+        time.sleep(seconds)
+        return write_file(path, content)
+
+    writer.write_file = late
+
+
 def rank_process(scenario, attempt, rank, folder):
     """One rank of an attempt, in a process of its own; never returns."""
     config = make_config(scenario, attempt, folder)
     kill = attempt.get("kill")
     plan_death(kill, attempt["until"], rank)
+    slow_down(scenario.get("slow", 0))
     log = Log(folder / f"seen-{rank}.jsonl")
     dtype = sharding.DTYPES[config.sharding.dtype]
     build.load_parts = lambda config, world: None

@@ -35,7 +35,8 @@ def killed(ranks, kill, **config):
     until = 20 if kill.startswith("done") else 15
     asynchronous = {"checkpoint": EVERY["checkpoint"] | {"asynchronous": True}} if ranks == 2 else {}
     name = f"{ranks}-{kill.replace(' ', '')}"
-    return scenario(name, (ranks, until, kill), (ranks, 20), **asynchronous, **config)
+    runs = scenario(name, (ranks, until, kill), (ranks, 20), **asynchronous, **config)
+    return runs | {"slow": 0.1} if asynchronous and kill == "done 11" else runs  # steps pass before a file is written
 
 
 def sharded(zero_stage):
