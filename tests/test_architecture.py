@@ -28,7 +28,11 @@ FLOORS = {
     "uniworld.cli_draw": 5,
     "uniworld.cli_chat": 5,
     "uniworld.cli_train": 5,
+    "uniworld.cli_check_data": 5,
     "uniworld.cli_export": 5,
+    "uniworld.cli_precompute": 5,
+    "uniworld.cli_plan": 5,
+    "uniworld.cli_plot": 5,
     "uniworld.environment": 5,
 }
 TOP_FLOOR_OF_STRANGERS = 4  # rooms here never import each other

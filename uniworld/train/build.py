@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from uniworld.checkpoint.load import load_uniworld
+from uniworld.checkpoint.load import DenoiserParts, load_denoiser, load_uniworld
 from uniworld.config import TrainConfig
 from uniworld.data.loader import Loader
 from uniworld.models.siglip import SemanticEncoder
@@ -16,6 +16,7 @@ from uniworld.models.unified import UniWorld
 from uniworld.train.blocks import prepare_blocks
 from uniworld.train.encode import Encoders
 from uniworld.train.model import EncodedBatch, TrainModel
+from uniworld.train.precomputed import PrecomputedLoader
 from uniworld.train.sharding import DTYPES, World
 from uniworld.train.stages import freeze_except, inserts_siglip, trained_patterns
 
@@ -40,9 +41,23 @@ class Batches:
     """Samples skipped so far on this rank."""
 
 
-def load_parts(config: TrainConfig, world: World) -> UniWorld:
-    """All parts, frozen, in the compute dtype on this rank's device."""
+def load_parts(config: TrainConfig, world: World) -> UniWorld | DenoiserParts:
+    """The parts that training needs, frozen, in the compute dtype on this rank's device.
+
+    From precomputed states it needs no encoder; the rank that draws validation pictures still does.
+    """
     model = config.model
+    draws = config.validation.every_steps > 0 and (world.rank == 0 or config.sharding.zero_stage == 3)
+    if config.data.precomputed is not None and not draws:
+        denoiser_parts = load_denoiser(
+            model.path,
+            device=world.device,
+            dtype=DTYPES[config.sharding.dtype],
+            progress=world.rank == 0,
+            connectors=model.connectors,
+        )
+        denoiser_parts.denoiser.attention_backend = model.attention
+        return denoiser_parts
     parts = load_uniworld(
         model.path,
         model.flux,
@@ -57,7 +72,7 @@ def load_parts(config: TrainConfig, world: World) -> UniWorld:
     return parts
 
 
-def build_train_model(config: TrainConfig, parts: UniWorld) -> TrainModel:
+def build_train_model(config: TrainConfig, parts: UniWorld | DenoiserParts) -> TrainModel:
     """The module that is trained: parameters of the stage require gradients, blocks run as configured."""
     torch.manual_seed(config.seed)
     model = TrainModel(parts.denoiser, parts.denoise_projector, parts.siglip_projector)
@@ -66,8 +81,12 @@ def build_train_model(config: TrainConfig, parts: UniWorld) -> TrainModel:
     return model
 
 
-def open_batches(config: TrainConfig, parts: UniWorld, world: World) -> Batches:
-    """Batches of this rank, encoded as they come."""
+def open_batches(config: TrainConfig, parts: UniWorld | DenoiserParts, world: World) -> Batches:
+    """Batches of this rank, encoded as they come or read from precomputed states."""
+    bad_log = Path(config.run_dir) / f"bad_samples_rank{world.rank}.jsonl"
+    if config.data.precomputed is not None:
+        cached = PrecomputedLoader(config, rank=world.rank, world_size=world.size, bad_log=bad_log)
+        return Batches(cached, lambda batch: batch.to(parts.device, parts.dtype), lambda: cached.bad.count)
     use_siglip = inserts_siglip(config.stage)
     encoders = Encoders(parts, use_siglip=use_siglip, use_t5=config.model.use_t5)
     loader = Loader(
@@ -75,7 +94,7 @@ def open_batches(config: TrainConfig, parts: UniWorld, world: World) -> Batches:
         processor=parts.processor,
         siglip_preprocess=preprocess_alone(parts.semantic_encoder) if use_siglip else None,
         siglip_tokens=parts.semantic_encoder.num_tokens if use_siglip else 0,
-        bad_log=Path(config.run_dir) / f"bad_samples_rank{world.rank}.jsonl",
+        bad_log=bad_log,
         rank=world.rank,
         world_size=world.size,
     )

@@ -1,0 +1,209 @@
+"""Reads what `uniworld precompute` stored: batches of encoder states in the order of live training.
+
+A cache is a folder of shards that nothing but their number places: sample `n`, if usable the k-th, lies in shard
+`k // samples_per_shard`. `manifest.json` says what it was made of, `index.npz` what the loader plans with.
+
+Letters: B batch, L VLM tokens, N samples.
+"""
+
+import json
+from collections import Counter, OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn.functional import pad
+
+from uniworld.checkpoint.locate import read_json
+from uniworld.config import TrainConfig
+from uniworld.data.bad import BadSample, BadSamples
+from uniworld.data.dataset import Dataset, SampleIndex
+from uniworld.data.loader import Loaded, Loader, Reader
+from uniworld.train.fingerprint import differences, encoder_fingerprint, settings_fingerprint
+from uniworld.train.model import EncodedBatch
+from uniworld.train.stages import inserts_siglip
+
+MANIFEST, INDEX, COMMON = "manifest.json", "index.npz", "common.safetensors"
+MAX_OPEN_SHARDS = 64
+
+
+@dataclass(frozen=True)
+class Cache:
+    """A cache folder."""
+
+    folder: Path
+
+    @cached_property
+    def manifest(self) -> dict[str, Any]:
+        return read_json(self.folder / MANIFEST)
+
+    @cached_property
+    def arrays(self) -> dict[str, np.ndarray]:
+        """rows [N, 4] as in `SampleIndex`, buckets [N], tokens and tokens_siglip [N] without and with semantic ones."""
+        with np.load(self.folder / INDEX, allow_pickle=False) as file:
+            return dict(file)
+
+    @property
+    def index(self) -> SampleIndex:
+        bad = {int(number): BadSample(**sample) for number, sample in self.manifest["unusable"].items()}
+        return SampleIndex(self.arrays["rows"], bad)
+
+    @cached_property
+    def place(self) -> np.ndarray:
+        """[N], which of the usable samples each is."""
+        place = np.full(len(self.arrays["rows"]), -1)
+        place[self.index.usable] = np.arange(len(self.index.usable))
+        return place
+
+    @property
+    def num_shards(self) -> int:
+        return -(-len(self.index.usable) // self.manifest["samples_per_shard"])
+
+    def shard(self, number: int) -> Path:
+        return self.folder / f"shard-{number:06d}.safetensors"
+
+    def missing_shards(self) -> list[int]:
+        here = {path.name for path in self.folder.glob("shard-*.safetensors")}
+        return [number for number in range(self.num_shards) if self.shard(number).name not in here]
+
+
+def open_cache(config: TrainConfig) -> Cache:
+    """The cache that `config.data.precomputed` names.
+
+    Raises:
+        FileNotFoundError: there is none, or it is not finished.
+        ValueError: it was made with other encoders, settings or data, which the message names.
+    """
+    folder = Path(config.data.precomputed)
+    where = f"data.precomputed={folder}"
+    if not (folder / MANIFEST).is_file():
+        raise FileNotFoundError(f"{where}: holds no {MANIFEST}; make it with: uniworld precompute CONFIG -o {folder}")
+    cache = Cache(folder)
+    check_fingerprint(cache.manifest["fingerprint"], config, where)
+    if missing := cache.missing_shards():
+        done = cache.num_shards - len(missing)
+        raise FileNotFoundError(
+            f"{where}: is not finished, {done} of {cache.num_shards} shards are there; run uniworld precompute again"
+        )
+    return cache
+
+
+def check_fingerprint(cached: dict[str, Any], config: TrainConfig, where: str) -> None:
+    """Raise a ValueError that says in what a cache differs from what `config` needs."""
+    wanted = settings_fingerprint(config) | encoder_fingerprint(config)
+    if config.data.sources:
+        wanted["the data list"] = data_fingerprint(Dataset(config.data.sources))
+    if found := differences(cached, wanted):
+        raise ValueError(f"{where}: does not fit this config ({'; '.join(found)}); precompute into another folder")
+
+
+def data_fingerprint(dataset: Dataset) -> list[str]:
+    """Of each part; changes when an annotation does."""
+    return [f"{len(part)}:{part.fingerprint}" for part in dataset.parts]
+
+
+class PrecomputedLoader(Loader):
+    """`Loader` over a cache: the same order, buckets, balance and position, and batches of states.
+
+    Args: as of `Loader`.
+    Raises: as `open_cache`.
+    """
+
+    def __init__(self, config: TrainConfig, *, rank: int = 0, world_size: int = 1, bad_log: Path | None = None):
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank={rank}: must be from 0 to {world_size - 1}")
+        self.config, self.rank, self.world_size = config, rank, world_size
+        cache = open_cache(config)
+        self.index, manifest = cache.index, cache.manifest
+        self.bad = BadSamples(config.data.max_bad_share, bad_log)
+        unusable = list(self.index.bad.values())
+        self.bad.record_unusable(Counter(manifest["samples_of_source"]), unusable, quiet=rank > 0)
+        groups = [tuple(group) for group in manifest["groups"]]
+        if config.data.sources:
+            groups = [(first, end, s.weight) for (first, end, _), s in zip(groups, config.data.sources)]
+        tokens = cache.arrays["tokens_siglip" if inserts_siglip(config.stage) else "tokens"]
+        self._begin(CachedReader(cache, config), groups, cache.arrays["buckets"], tokens)
+
+
+class CachedReader(Reader):
+    """Reads planned batches from the shards; opens files in the process that uses them."""
+
+    def __init__(self, cache: Cache, config: TrainConfig):
+        super().__init__(config)
+        self.cache = cache
+        self.use_siglip, self.use_t5 = inserts_siglip(config.stage), config.model.use_t5
+        self.pooled = load_file(cache.folder / COMMON)["pooled"]
+        self._open: OrderedDict[int, tuple[Any, dict[str, Any]]] = OrderedDict()
+
+    def __getitem__(self, items: tuple[tuple[int, int], ...]) -> Loaded:
+        parts, bad, num_read = [], [], Counter()
+        for number, round in items:
+            shard, records = self._shard(int(self.cache.place[number]) // self.cache.manifest["samples_per_shard"])
+            record = records[str(number)]
+            num_read[record["source"]] += 1
+            if "bad" in record:
+                bad.append(BadSample(**record["bad"]))
+            else:
+                parts.append(self._sample(shard, number, record, self.drops_prompt(number, round)))
+        return Loaded(join(parts, self.pooled) if parts else None, dict(num_read), bad)
+
+    def _sample(self, shard: Any, number: int, record: dict[str, Any], dropped: bool) -> dict[str, Any]:
+        words = "dropped" if dropped else "full"
+        names = [f"{words}.vlm_states", "latent_mean", "latent_std"]
+        names += [f"{words}.t5_states"] * self.use_t5 + ["siglip_states"] * self.use_siglip + ["region_weight"]
+        found = {
+            name.removeprefix(f"{words}."): shard.get_tensor(f"{number}.{name}")
+            for name in names
+            if name in record["tensors"]
+        }
+        return found | {"image_ends": record["image_ends"][words], "id": record["id"]}
+
+    def _shard(self, number: int) -> tuple[Any, dict[str, Any]]:
+        if number in self._open:
+            self._open.move_to_end(number)
+            return self._open[number]
+        path = self.cache.shard(number)
+        try:
+            shard = safe_open(path, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path}: cannot be read ({error}); delete it and run uniworld precompute again") from None
+        while len(self._open) >= MAX_OPEN_SHARDS:
+            self._open.popitem(last=False)
+        self._open[number] = shard, json.loads(shard.metadata()["samples"])
+        return self._open[number]
+
+
+def join(parts: Sequence[dict[str, Any]], pooled: Tensor) -> EncodedBatch:
+    """A batch of stored samples, padded on the left as live encoding pads.
+
+    Args:
+        parts: the tensors of `EncodedBatch` without the batch dimension, image_ends and id. pooled: [P].
+    """
+    states = [part["vlm_states"] for part in parts]
+    longest = max(len(rows) for rows in states)
+    padding = [longest - len(rows) for rows in states]
+    columns = torch.arange(longest)
+    siglip = [part["siglip_states"] for part in parts if "siglip_states" in part]
+    weights = [part.get("region_weight") for part in parts]
+    ones = torch.ones(1, *parts[0]["latent_mean"].shape[1:])
+    return EncodedBatch(
+        vlm_states=torch.stack([pad(rows, (0, 0, n, 0)) for rows, n in zip(states, padding)]),
+        attention_mask=torch.stack([(columns >= n).long() for n in padding]),
+        image_ends=tuple(tuple(end + n for end in part["image_ends"]) for part, n in zip(parts, padding)),
+        siglip_states=torch.cat(siglip) if siglip else None,
+        t5_states=torch.stack([part["t5_states"] for part in parts]) if "t5_states" in parts[0] else None,
+        pooled=pooled.expand(len(parts), -1),
+        latent_mean=torch.stack([part["latent_mean"] for part in parts]),
+        latent_std=torch.stack([part["latent_std"] for part in parts]),
+        region_weight=None
+        if all(weight is None for weight in weights)
+        else torch.stack([ones if weight is None else weight for weight in weights]),
+        sample_ids=tuple(part["id"] for part in parts),
+    )
