@@ -24,13 +24,16 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture
 def report(request, benchmark):
-    """`report(bench, case, side, dtype, samples, **more)`: show a measurement, and keep it as a row where asked."""
+    """`report(bench, case, side, dtype, samples, **more)`: show a measurement, and keep it as a row where asked.
+
+    `kind="cpu"` says that a bench runs on the CPU even where there is a GPU.
+    """
     chosen = request.config.getoption("--rows") or os.environ.get(rows.ROWS_VARIABLE)
     folder = Path(chosen) if chosen else None
 
-    def keep(bench: str, case: str, side: str, dtype: torch.dtype, samples: Samples, **more) -> None:
+    def keep(bench: str, case: str, side: str, dtype: torch.dtype, samples: Samples, kind: str = KIND, **more) -> None:
         row = {"bench": bench, "case": case, "side": side, "dtype": str(dtype).removeprefix("torch.")}
-        row |= {**samples.as_row(), **more, **rows.stamp(KIND)}
+        row |= {**samples.as_row(), **more, **rows.stamp(kind)}
         rows.write(folder, row)
         benchmark.group = f"{bench} {case} {row['dtype']}"
         benchmark.extra_info.update(row)

@@ -31,7 +31,7 @@ def test_region_mask(size_px, background, side, report):
     samples = measure(size_px, background)
     best = {name: min(samples[name].seconds) for name in (side, "step by step")}
     more = {"times_faster": best["step by step"] / best[side], "threads": torch.get_num_threads()}
-    report("region_mask", f"{size_px} px, {background}", side, torch.uint8, samples[side], **more)
+    report("region_mask", f"{size_px} px, {background}", side, torch.uint8, samples[side], kind="cpu", **more)
 
 
 @functools.cache
