@@ -145,6 +145,8 @@ def test_order_and_position_are_those_of_the_live_loader(made, parts, num_worker
         assert [next(other).sample_ids for _ in range(5)] == following
         stored.load_state_dict(other.state_dict())
         assert [next(stored).sample_ids for _ in range(3)] == [next(live).sample_ids for _ in range(3)]
+        stored.close()
+        other.close()
         seen.append(ids)
     assert seen[0] != seen[1]
 

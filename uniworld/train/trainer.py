@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from uniworld.config import TrainConfig, to_yaml
-from uniworld.train import build, sharding
+from uniworld.models.unified import UniWorld
+from uniworld.train import build, sharding, validate
 from uniworld.train.checkpoints import checkpoints_dir, complete_checkpoints
 from uniworld.train.ema import ShardedEMA
 from uniworld.train.flops import StepFlops, peak_flops, sample_tokens
@@ -37,6 +38,7 @@ class Trainer:
     Args:
         config: of the run.
         quiet: no progress on stderr.
+
     Attributes:
         step: steps done; sharded, ema: of the run, once `run` has built them.
     """
@@ -63,6 +65,7 @@ class Trainer:
 
     def _build(self) -> None:
         config = self.config
+        validate.check(config)
         self.world = sharding.init()
         self.parts = build.load_parts(config, self.world)
         model = build.build_train_model(config, self.parts)
@@ -118,10 +121,12 @@ class Trainer:
             if self.step % config.log_every_steps == 0:
                 self._log(report, window)
                 window = _Window(self.world.device)
+            paused_s = time.perf_counter()
             self._validate()
             if stop or self.step % config.checkpoint.every_steps == 0 or self.step == config.num_steps:
                 self._save()
                 saved = self.step
+            window.start_s += time.perf_counter() - paused_s  # pictures and checkpoints are no part of a step
             if stop:
                 self.checkpointer.wait()
                 self.metrics.note(f"stopped by signal after step {saved}; run again to go on")
@@ -196,6 +201,11 @@ class Trainer:
 
     def _validate(self) -> None:
         """Pictures with the averaged weights."""
+        every = self.config.validation.every_steps
+        if every and self.step % every == 0:
+            model = self.parts if isinstance(self.parts, UniWorld) else None
+            path = validate.run(self.config, model, self.ema, self.world, self.step)
+            self.metrics.note(f"step {self.step}: drew {path}")
 
     def _save(self) -> None:
         state = {
