@@ -10,8 +10,9 @@ from data_files import caption, data_config, edited, picture, turns, write_autho
 from golden import ROOT
 
 from uniworld.data.bad import TooManyBadSamples
-from uniworld.data.loader import Loaded, Loader
+from uniworld.data.loader import Loader
 from uniworld.data.plan import forward_flops
+from uniworld.data.reader import Loaded
 from uniworld.models.prompts import PromptProcessor, training_pieces
 from uniworld.models.tokenizers import load_tokenizer
 from uniworld.models.vision_processor import VisionProcessor, smart_resize
@@ -281,7 +282,7 @@ def test_bad_samples_do_not_upset_the_other_ranks(tmp_path, processor):
     data = write_authors(tmp_path / "set", [0, 2] * 24, num_words=6)
     for number in (4, 7, 20, 21, 33):
         spoil(tmp_path / "set", number, "truncated")
-    config = data_config(data, max_bad_share=0.9, vlm_max_px=448 * 448)
+    config = data_config(data, max_bad_share=0.9)
     loaders = [Loader(config, processor=processor, rank=rank, world_size=2) for rank in range(2)]
     num_steps = loaders[0].num_steps_per_epoch
     seen, states, batches = [[], []], [], []
@@ -303,7 +304,7 @@ def test_bad_samples_do_not_upset_the_other_ranks(tmp_path, processor):
     assert set(counts) <= set(first_epoch)
     assert {bad_sample.id for loader in loaders for bad_sample in loader.bad.last} == bad
 
-    config = data_config(data, max_bad_share=0.9, vlm_max_px=448 * 448, num_workers=2)
+    config = data_config(data, max_bad_share=0.9, num_workers=2)
     resumed = Loader(config, processor=processor, rank=0, world_size=2)
     cut = num_steps - 3
     resumed.load_state_dict(states[cut])

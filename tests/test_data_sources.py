@@ -10,10 +10,10 @@ from PIL import Image
 
 from uniworld.config import SourceConfig
 from uniworld.data.bad import SampleError
-from uniworld.data.dataset import Dataset
+from uniworld.data.dataset import Dataset, open_source
 from uniworld.data.samples import Picture, make_sample
 from uniworld.data.shards import expand_shards
-from uniworld.data.sources import PackedRecords, open_source
+from uniworld.data.sources import PackedRecords
 
 
 @pytest.fixture(autouse=True)

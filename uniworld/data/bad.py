@@ -17,8 +17,9 @@ class SampleError(ValueError):
     """Why a sample cannot be used."""
 
     def __init__(self, path: str, reason: str):
-        super().__init__(f"{path}: {reason}")
-        self.path, self.reason = path, reason
+        # Names and texts of a data set are anybody's: no control characters reach a terminal or a log.
+        self.path, self.reason = _printable(path), _printable(reason)
+        super().__init__(f"{self.path}: {self.reason}")
 
     @classmethod
     def of(cls, path: str, error: Exception) -> "SampleError":
@@ -29,6 +30,10 @@ class SampleError(ValueError):
         if not isinstance(error, ValueError | OSError):
             text = f"{type(error).__name__}: {text}"
         return cls(path, text)
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 @dataclass(frozen=True, kw_only=True)

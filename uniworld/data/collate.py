@@ -69,8 +69,8 @@ class Collator:
 
         Raises: SampleError naming the path and the reason.
         """
-        target = _read(sample.target)
-        references = [_read(picture) for picture in sample.references]
+        target = read_picture(sample.target)
+        references = [read_picture(picture) for picture in sample.references]
         own = bucket_of(target.height, target.width, self.config)
         bucket = bucket or own
         if own != bucket:
@@ -81,15 +81,14 @@ class Collator:
             )
         try:
             inputs = self.processor.encode([training_pieces(sample.conversations)], [references])
-            box = centre_box(target.height, target.width, bucket) if self.config.target_fit == "crop" else WHOLE
-            target = cropped(target, box)
+            target, *references_beside = fitted([target, *references], bucket, self.config)
             return PreparedSample(
                 id=sample.id,
                 inputs=inputs,
                 siglip_pixels=self.siglip_preprocess(references) if references and self.siglip_preprocess else None,
                 instruction=sample.instruction,
                 target=target_tensor(target, bucket),
-                region_weight=self._weight(sample, [cropped(image, box) for image in references], target, bucket),
+                region_weight=self._weight(sample, references_beside, target, bucket),
             )
         except Exception as error:  # whatever a picture or a text can do; over a share of them the run stops
             raise SampleError.of(sample.target.name, error) from error
@@ -100,19 +99,9 @@ class Collator:
         """[1, h, w] at the target's latent size, or None where every latent weighs 1."""
         if self.config.region_weight == "none" or not references or not sample.need_weight:
             return None
-        mask = self.mask(references, target, bucket)
+        mask = latent_mask(references, target, bucket, self.config)
         weight = region_weight(mask, self.config.region_weight)
         return None if (weight == 1).all() else torch.from_numpy(weight)[None]
-
-    def mask(
-        self, references: Sequence[Image.Image], target: Image.Image, bucket: tuple[int, int]
-    ) -> np.ndarray:
-        """The edited latent pixels of pictures brought to the bucket's size, uint8 [H / 8, W / 8]."""
-        return region_mask(
-            [stretched(image, bucket) for image in references],
-            stretched(target, bucket),
-            keep_scattered=self.config.keep_scattered,
-        )
 
     def collate(self, samples: Sequence[PreparedSample]) -> TrainBatch:
         """Join samples whose targets have one size."""
@@ -142,7 +131,26 @@ class Collator:
         )
 
 
-def _read(picture: Picture) -> Image.Image:
+def fitted(images: Sequence[Image.Image], bucket: tuple[int, int], config: DataConfig) -> list[Image.Image]:
+    """The part of the target, which comes first, that is trained on, and the same part of its references."""
+    box = WHOLE
+    if config.target_fit == "crop":
+        box = centre_box(images[0].height, images[0].width, bucket)
+    return [cropped(image, box) for image in images]
+
+
+def latent_mask(
+    references: Sequence[Image.Image], target: Image.Image, bucket: tuple[int, int], config: DataConfig
+) -> np.ndarray:
+    """The edited latent pixels of `fitted` pictures at the bucket's size, uint8 [H / 8, W / 8] of 0 and 255."""
+    return region_mask(
+        [stretched(image, bucket) for image in references],
+        stretched(target, bucket),
+        keep_scattered=config.keep_scattered,
+    )
+
+
+def read_picture(picture: Picture) -> Image.Image:
     try:
         return picture.read()
     except Exception as error:

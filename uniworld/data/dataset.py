@@ -1,17 +1,20 @@
 """All configured sources as one sequence of samples, and what is known of every sample before it is decoded."""
 
+import glob
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from uniworld.config import SourceConfig
+from uniworld.data.authors import open_authors
 from uniworld.data.bad import BadSample, SampleError
 from uniworld.data.cache import Arrays, cached_arrays
 from uniworld.data.samples import Sample
-from uniworld.data.sources import Source, open_source
+from uniworld.data.sources import Source
 
 NUM_THREADS = 16  # headers are read by network file systems one at a time
 CHUNK = 2048
@@ -96,6 +99,38 @@ class Dataset(Sequence):
             parts.append(arrays["rows"])
             bad |= {start + number: self.bad_sample(start + number, error) for number, error in errors.items()}
         return SampleIndex(np.concatenate(parts), dict(sorted(bad.items())))
+
+
+def open_source(config: SourceConfig) -> list[Source]:
+    """The parts of a configured source: a `data.txt` has one a line, shards and tables are one.
+
+    Raises: ValueError or FileNotFoundError naming the path.
+    """
+    kind = _guess_kind(config.path) if config.kind == "auto" else config.kind
+    if kind == "authors":
+        path = Path(config.path)
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such file")
+        return list(open_authors(path))
+    if kind == "webdataset":
+        from uniworld.data.shards import ShardSource
+
+        return [ShardSource(config.path)]
+    from uniworld.data.tables import TableSource
+
+    return [TableSource(config.path, config.columns)]
+
+
+def _guess_kind(path: str) -> str:
+    if path.endswith(".tar"):
+        return "webdataset"
+    if path.endswith(".parquet"):
+        return "parquet"
+    if path.endswith(".txt"):
+        return "authors"
+    if Path(path).is_dir():
+        return "webdataset" if glob.glob(f"{glob.escape(path)}/*.tar") else "parquet"
+    raise ValueError(f"path={path}: cannot tell its kind; set kind to authors, webdataset or parquet")
 
 
 def _completed(

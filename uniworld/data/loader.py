@@ -5,9 +5,6 @@ What `num_workers` processes have prefetched is no part of the position: it coun
 
 import hashlib
 import logging
-import os
-import signal
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,76 +14,21 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
-from torch.utils.data import Dataset as TorchDataset
 
 from uniworld.config import TrainConfig
-from uniworld.data.bad import BadSample, BadSamples, SampleError, TooManyBadSamples
+from uniworld.data.bad import BadSamples, TooManyBadSamples
 from uniworld.data.batch import TrainBatch
-from uniworld.data.buckets import bucket_of
 from uniworld.data.collate import Collator, SiglipPreprocess
-from uniworld.data.dataset import Dataset, SampleIndex
+from uniworld.data.dataset import Dataset
 from uniworld.data.plan import EpochPlan, Mixture, Planner, forward_flops
-from uniworld.models.prompts import PromptProcessor, training_pieces
+from uniworld.data.reader import BatchReader, Loaded, Reader, init_worker, prepare_to_fork
+from uniworld.data.tokens import estimate_tokens, sort_into_buckets
+from uniworld.models.prompts import PromptProcessor
 
 SIGLIP_TOKENS = 1024  # semantic tokens a reference at full scale
-NUM_TEXTS = 256  # of a source, tokenized to learn how many tokens a byte makes
 MAX_TRIES = 200  # batches of bad samples in a row, whatever share of bad samples is allowed
 NEAR_COST = 1.02  # batches whose costs differ by less may stand for each other
-DROP_PROMPT = 2  # kind of random draw; plan.py has 0 and 1
 log = logging.getLogger("uniworld.data")
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """What became of a planned batch; `batch` is None where every sample was bad."""
-
-    batch: TrainBatch | None
-    num_read: dict[str, int]
-    bad: list[BadSample]
-
-
-class Reader(TorchDataset):
-    """Makes `Loaded` of the items of a planned batch; runs in the worker processes."""
-
-    def __init__(self, config: TrainConfig):
-        self.seed, self.drop_prompt_rate = config.seed, config.data.drop_prompt_rate
-
-    def drops_prompt(self, number: int, round: int) -> bool:
-        """Whether a sample is seen without its words in this pass."""
-        return np.random.default_rng((self.seed, DROP_PROMPT, number, round)).random() < self.drop_prompt_rate
-
-
-class BatchReader(Reader):
-    """Reads and converts the samples.
-
-    Args:
-        bucket_sizes: (height, width) of each bucket number; buckets: [N], bucket number of each sample.
-    """
-
-    def __init__(
-        self,
-        dataset: Dataset,
-        collator: Collator,
-        buckets: np.ndarray,
-        bucket_sizes: list[tuple[int, int]],
-        config: TrainConfig,
-    ):
-        super().__init__(config)
-        self.dataset, self.collator = dataset, collator
-        self.buckets, self.bucket_sizes = buckets, bucket_sizes
-
-    def __getitem__(self, items: tuple[tuple[int, int], ...]) -> Loaded:
-        prepared, bad, num_read = [], [], Counter()
-        for number, round in items:
-            num_read[self.dataset.locate(number)[0].name] += 1
-            try:
-                sample = self.dataset[number]
-                if self.drops_prompt(number, round):
-                    sample = sample.without_prompt()
-                prepared.append(self.collator.prepare(sample, self.bucket_sizes[self.buckets[number]]))
-            except SampleError as error:
-                bad.append(self.dataset.bad_sample(number, error))
-        return Loaded(self.collator.collate(prepared) if prepared else None, dict(num_read), bad)
 
 
 @dataclass
@@ -253,7 +195,7 @@ class Loader:
         """Read planned batches from the position on, ahead of time where there are workers."""
         num_workers = self.config.data.num_workers
         if num_workers:
-            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it warns in forked workers
+            prepare_to_fork()
         return iter(
             DataLoader(
                 self.reader,
@@ -265,7 +207,7 @@ class Loader:
                 # forked workers share the annotations; torch's global generator stays as it is
                 multiprocessing_context="fork" if num_workers else None,
                 generator=torch.Generator(),
-                worker_init_fn=_init_worker,
+                worker_init_fn=init_worker,
             )
         )
 
@@ -346,69 +288,9 @@ class _Ahead:
             epoch, step = epoch + 1, 0
 
 
-def sort_into_buckets(index: SampleIndex, config: TrainConfig) -> tuple[np.ndarray, list[tuple[int, int]]]:
-    """The bucket number of each sample, int64 [N] (-1 where unusable), and each bucket's (height, width)."""
-    sizes, inverse = np.unique(index.rows[:, :2], axis=0, return_inverse=True)
-    buckets_of_sizes = [bucket_of(h, w, config.data) if h > 0 else (0, 0) for h, w in sizes.tolist()]
-    numbers = {size: number for number, size in enumerate(sorted(set(buckets_of_sizes) - {(0, 0)}))}
-    of_sizes = np.array([numbers.get(size, -1) for size in buckets_of_sizes], np.int64)
-    return of_sizes[inverse.reshape(-1)], list(numbers)
-
-
-def estimate_tokens(
-    dataset: Dataset,
-    index: SampleIndex,
-    processor: PromptProcessor,
-    buckets: np.ndarray,
-    sizes: list[tuple[int, int]],
-    siglip_tokens: int,
-) -> np.ndarray:
-    """Tokens of each sample in the DiT, [N]: target, references and prompt, the prompt by its bytes."""
-    target_tokens = np.array([height * width // 256 for height, width in sizes])[buckets]
-    vision = processor.vision
-    vlm_tokens = vision.max_pixels // (vision.patch_size * vision.merge_size) ** 2
-    text_tokens = np.zeros(len(dataset))
-    for part, start in zip(dataset.parts, dataset.starts.tolist()):
-        rows = index.rows[start : start + len(part)]
-        usable = np.flatnonzero(rows[:, 0] > 0)
-        chosen = usable[:: max(1, len(usable) // NUM_TEXTS)]
-        counted = [
-            len(processor.tokenize(training_pieces(part[number].conversations))) for number in chosen.tolist()
-        ]
-        text_tokens[start : start + len(part)] = _fit(rows[chosen, 3], np.array(counted), rows[:, 3])
-    num_references = index.rows[:, 2]
-    return target_tokens + text_tokens + num_references * (vlm_tokens + siglip_tokens)
-
-
-def _fit(num_bytes: np.ndarray, num_tokens: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Tokens of texts of `wanted` bytes, by a straight line through the counted ones."""
-    if not len(num_bytes):
-        return np.zeros(len(wanted))
-    x, y = num_bytes - num_bytes.mean(), num_tokens - num_tokens.mean()
-    slope = max(0.0, float((x * y).sum() / max(1.0, (x * x).sum())))
-    return np.maximum(1.0, num_tokens.mean() + slope * (wanted - num_bytes.mean()))
-
-
 def _items(plan: EpochPlan, step: int, rank: int) -> tuple[tuple[int, int], ...]:
     return tuple((number, round) for number, round in plan.items[step, rank].tolist())
 
 
 def _unchanged(loaded: Loaded) -> Loaded:
     return loaded
-
-
-def _init_worker(_: int) -> None:
-    """Let only the trainer stop its workers: when a whole job gets a signal, it may want some batches yet."""
-    import cv2
-
-    cv2.setNumThreads(1)
-    for number in (signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-    threading.Thread(target=_stop_when_told_by_parent, daemon=True).start()
-
-
-def _stop_when_told_by_parent() -> None:
-    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
-        pass
-    os._exit(0)
