@@ -109,10 +109,8 @@ def measure(dtype: torch.dtype) -> tuple[dict[str, Samples], dict[str, float], i
         }
         errors = {side: relative_error(call(), truth()) for side, call in calls.items()}
         samples = interleave({side: [call] for side, call in calls.items()}, rounds=11, sample_s=0.0, device=DEVICE)
-        preparation = interleave({"preparation": [request.prepare]}, rounds=5, sample_s=0.0, device=DEVICE)[
-            "preparation"
-        ]
-    share = preparation.median / NUM_STEPS
+        prepare = interleave({"prepare": [request.prepare]}, rounds=5, sample_s=0.0, device=DEVICE)["prepare"]
+    share = prepare.median / NUM_STEPS
     step = samples["ours"]
     samples["ours, preparation / 28"] = Samples(step.method, step.calls, [s + share for s in step.seconds])
     errors["ours, preparation / 28"] = errors["ours"]

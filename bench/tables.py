@@ -1,0 +1,193 @@
+"""Writes the tables of docs/performance.md from the rows in bench/results.
+
+    python bench/tables.py          rewrite the tables
+    python bench/tables.py --check  exit 1 where they do not agree with the rows
+
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`; everything else on the page is written by hand.
+"""
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rows import read, select
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "performance.md"
+MARKS = re.compile(r"(<!-- table: (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
+NOT_MEASURED = "Not measured.\n"
+Row = dict[str, Any]
+
+
+def milliseconds(seconds: float) -> str:
+    value = seconds * 1e3
+    return f"{value:.3f}" if value < 1 else f"{value:.2f}" if value < 100 else f"{value:.0f}"
+
+
+def times(ours: Row | None, peer: Row | None) -> str:
+    """How many times as long as ours the peer takes, by medians."""
+    return f"{peer['median_s'] / ours['median_s']:.2f}x" if ours and peer else "-"
+
+
+def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    if not lines:
+        return NOT_MEASURED
+    rule = ["---"] + ["---:"] * (len(header) - 1)
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in (header, rule, *lines))
+
+
+def number(row: Row | None, field: str, form: str = "{:.3g}") -> str:
+    return form.format(row[field]) if row and row.get(field) is not None else "-"
+
+
+def side_of(rows: list[Row], name: str) -> Row | None:
+    found = select(rows, side=name)
+    return found[-1] if found else None
+
+
+def groups(rows: list[Row]) -> list[list[Row]]:
+    """Rows of one case and dtype together, in the order measured."""
+    found: dict[tuple, list[Row]] = {}
+    for row in rows:
+        found.setdefault((row["device"], row["case"], row["dtype"]), []).append(row)
+    return list(found.values())
+
+
+def ops_table(rows: list[Row]) -> str:
+    header = ("op and case", "dtype", "backend", "ours, ms", "torch eager", "torch.compile", "other", "GB/s", "TFLOP/s")
+    header = (*header, "error, ours", "error, torch")
+    lines = []
+    for group in groups(rows):
+        ours, eager, compiled = (side_of(group, name) for name in ("ours", "torch eager", "torch.compile"))
+        known = ("ours", "torch eager", "torch.compile")
+        others = [f"{r['side']}: {times(ours, r)}" for r in group if r["side"] not in known]
+        if ours is None:
+            continue
+        lines.append(
+            (ours["case"], ours["dtype"], ours["backend"], milliseconds(ours["median_s"]), times(ours, eager))
+            + (times(ours, compiled), ", ".join(others) or "-", number(ours, "gb_s"), number(ours, "tflop_s"))
+            + (number(ours, "error", "{:.1e}"), number(eager, "error", "{:.1e}"))
+        )
+    return table(header, lines)
+
+
+def dit_step_table(rows: list[Row]) -> str:
+    header = ("model and dtype", "side", "median, s", "best, s", "of diffusers' median", "TFLOP/s", "error")
+    lines = [
+        (
+            f"{row['case']}, {row['dtype']}",
+            row["side"],
+            f"{row['median_s']:.3f}",
+            f"{row['min_s']:.3f}",
+            number(row, "time_of_diffusers", "{:.2f}"),
+            number(row, "tflop_s"),
+            number(row, "error", "{:.1e}"),
+        )
+        for row in rows
+    ]
+    return table(header, lines)
+
+
+def generate_table(rows: list[Row]) -> str:
+    header = (
+        "request",
+        "side",
+        "median, s",
+        "best, s",
+        "of diffusers' median",
+        "error",
+        "condition, denoise, decode, s",
+    )
+    lines = []
+    for row in rows:
+        rooms = row.get("rooms_s", {})
+        parts = ", ".join(f"{rooms[name]:.2f}" for name in ("condition", "denoise", "decode") if name in rooms)
+        lines.append(
+            (f"{row['case']}, {row['dtype']}", row["side"], f"{row['median_s']:.3f}", f"{row['min_s']:.3f}")
+            + (number(row, "time_of_diffusers", "{:.2f}"), number(row, "error", "{:.1e}"), parts or "-")
+        )
+    return table(header, lines)
+
+
+def region_mask_table(rows: list[Row]) -> str:
+    header = ("pair", "side", "median, ms", "best, ms", "times faster, by the best")
+    lines = [
+        (
+            row["case"],
+            row["side"],
+            milliseconds(row["median_s"]),
+            milliseconds(row["min_s"]),
+            number(row, "times_faster", "{:.1f}"),
+        )
+        for row in rows
+    ]
+    return table(header, lines)
+
+
+def full_scale_table(rows: list[Row]) -> str:
+    header = ("case", "side", "median, ms", "TFLOP/s", "of the GEMM rate", "peak, GiB", "error")
+    lines = [
+        (
+            row["case"],
+            row["side"],
+            milliseconds(row["median_s"]),
+            number(row, "tflop_s"),
+            number(row, "of_gemm", "{:.2f}"),
+            number(row, "peak_gib", "{:.1f}"),
+            number(row, "error", "{:.1e}"),
+        )
+        for row in rows
+    ]
+    return table(header, lines)
+
+
+def sources_table(rows: list[Row]) -> str:
+    """Where the rows of one kind of device come from: one line a bench and commit."""
+    header = ("bench", "device", "commit", "date", "versions")
+    lines = {}
+    for row in rows:
+        threads = f", {row['threads']} threads" if "threads" in row else ""
+        versions = ", ".join(f"{name} {version}" for name, version in row["versions"].items())
+        line = (row["bench"], row["device"] + threads, row["commit"], row["date"][:10], versions)
+        lines.setdefault(line, line)
+    return table(header, list(lines.values()))
+
+
+# The name after "table:" is a bench and a kind of device.
+TABLES: dict[str, Callable[[list[Row]], str]] = {
+    "ops": ops_table,
+    "dit_step": dit_step_table,
+    "generate": generate_table,
+    "region_mask": region_mask_table,
+    "full_scale": full_scale_table,
+}
+
+
+def render(page: str, rows: list[Row]) -> str:
+    """The page with every table made anew from `rows`."""
+
+    def one(match: re.Match) -> str:
+        bench, kind = match[2].split()
+        of_kind = select(rows, kind=kind)
+        body = sources_table(of_kind) if bench == "sources" else TABLES[bench](select(of_kind, bench=bench))
+        return f"{match[1]}\n{body}\n{match[3]}"
+
+    return MARKS.sub(one, page)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="change nothing, exit 1 where page and rows disagree")
+    args = parser.parse_args()
+    before = PAGE.read_text(encoding="utf-8")
+    after = render(before, read())
+    if args.check and before != after:
+        sys.exit(f"{PAGE}: does not agree with bench/results; run python bench/tables.py")
+    if before != after:
+        PAGE.write_text(after, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
