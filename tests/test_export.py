@@ -192,6 +192,14 @@ def test_command(trained, base, tmp_path, monkeypatch, capsys):
     assert sorted(p.name for p in out.iterdir()) == [f"{p}.{s}" for p in PARTS for s in ("bin", "safetensors")]
 
 
+def test_a_command_beside_an_imported_trainer_does_not_end_the_process():
+    """Only a process of a process group is ended abruptly: not this one, which runs other tests too."""
+    code = "import sys, uniworld.train.sharding, uniworld.cli as cli\nsys.argv = ['uniworld', '--version']\n"
+    code += "try:\n    cli.main()\nfinally:\n    print('still here')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0 and done.stdout.endswith("still here\n"), done.stderr
+
+
 @pytest.mark.parametrize("spoil", ["ema", "truncated", "missing", "other base"])
 def test_errors_name_what_is_wrong_and_leave_nothing(trained, tmp_path, spoil, base):
     name = "alone" if spoil == "ema" else "zero2"

@@ -364,8 +364,9 @@ def main() -> None:
 
 def _leave(code: int) -> NoReturn:
     """Exit, in a way that processes of one training survive."""
-    if "uniworld.train.sharding" in sys.modules:
-        sys.modules["uniworld.train.sharding"].exit_process(code)
+    sharding = sys.modules.get("uniworld.train.sharding")
+    if sharding is not None and sharding.dist.is_initialized():
+        sharding.exit_process(code)
     sys.exit(code)
 
 
