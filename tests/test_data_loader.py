@@ -2,6 +2,9 @@
 
 import json
 import logging
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -415,3 +418,36 @@ def test_dropping_leaves_no_words_of_earlier_turns():
 @pytest.fixture(autouse=True)
 def warnings_reach_caplog(caplog):
     caplog.set_level(logging.WARNING, logger="uniworld.data")
+
+
+# Processes
+
+SIGNALLED = """
+import os, signal, subprocess, sys
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+from data_files import data_config
+from test_data_check import tiny_processor
+from uniworld.data.loader import Loader
+
+os.setpgid(0, 0)
+told = []
+for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+    signal.signal(number, lambda number, frame: told.append(number))
+loader = Loader(data_config(Path(sys.argv[2]), num_workers=2), processor=tiny_processor())
+next(loader)
+for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+    subprocess.run(["bash", "-c", f"kill -{int(number)} -{os.getpid()}"])  # from another process, to the whole group
+    next(loader)
+for _ in range(30):
+    next(loader)
+print(len(told), "signals", flush=True)
+"""  # and it ends without closing the loader
+
+
+def test_a_signal_to_the_job_leaves_the_workers_to_the_trainer(mixed, tmp_path):
+    """As Slurm and terminals do."""
+    command = [sys.executable, "-c", SIGNALLED, str(Path(__file__).parent), str(mixed)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "3 signals\n"

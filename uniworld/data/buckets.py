@@ -43,7 +43,7 @@ def target_tensor(image: Image.Image, bucket: tuple[int, int]) -> Tensor:
     shrink = min(image.height // bucket[0], image.width // bucket[1]) // 2
     if image.height * image.width > MAX_FLOAT_PX and shrink > 1:
         image = image.reduce(shrink)
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float() / 255
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float().div_(255)
     if pixels.shape[1:] != bucket:
         pixels = interpolate(pixels[None], size=bucket, mode="bicubic", antialias=True, align_corners=False)[0]
     return pixels * 2 - 1

@@ -90,7 +90,8 @@ class Planner:
         order = np.argsort(costs, kind="stable")
         groups = _equal_groups(costs[order], R, from_top=epoch % 2 == 1)
         grouped = order[groups]  # [G, R]
-        ungrouped = np.setdiff1d(order, grouped)
+        ungrouped = np.ones(len(costs), bool)
+        ungrouped[grouped.reshape(-1)] = False
         grouped = rng.permuted(rng.permutation(grouped), axis=1)
         batches = items.reshape(-1, B, 2)
         carried = np.concatenate([without_batch, batches[ungrouped].reshape(-1, 2)])
