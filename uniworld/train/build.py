@@ -15,10 +15,11 @@ from uniworld.models.siglip import SemanticEncoder
 from uniworld.models.unified import UniWorld
 from uniworld.train.blocks import prepare_blocks
 from uniworld.train.encode import Encoders
+from uniworld.train.lora import add_lora
 from uniworld.train.model import EncodedBatch, TrainModel
 from uniworld.train.precomputed import PrecomputedLoader
 from uniworld.train.sharding import DTYPES, World
-from uniworld.train.stages import freeze_except, inserts_siglip, trained_patterns
+from uniworld.train.stages import freeze_except, inserts_siglip, patterns_of
 
 
 class BatchSource(Protocol):
@@ -76,7 +77,9 @@ def build_train_model(config: TrainConfig, parts: UniWorld | DenoiserParts) -> T
     """The module that is trained: parameters of the stage require gradients, blocks run as configured."""
     torch.manual_seed(config.seed)
     model = TrainModel(parts.denoiser, parts.denoise_projector, parts.siglip_projector)
-    freeze_except(model, trained_patterns(config.stage))
+    if config.model.lora_rank is not None:
+        add_lora(model.denoiser, config.model.lora_rank)
+    freeze_except(model, patterns_of(config))
     prepare_blocks(model.denoiser, config.sharding)
     return model
 

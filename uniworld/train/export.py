@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import filterfalse
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,11 @@ from uniworld.checkpoint.tiny import tiny_dir
 from uniworld.checkpoint.weights import Header, open_weights, read_headers
 from uniworld.config import TrainConfig, load_config
 from uniworld.train.checkpoints import CONFIG, open_checkpoint
+from uniworld.train.lora import authors_deltas, diffusers_adapter, is_factor
 from uniworld.train.saved import TrainedWeights
 
 PART_FOLDERS = ("flux", "siglip")
+LORA_FILE = "lora.safetensors"  # the factors alone, as diffusers loads them
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,10 @@ def export(
         raise ValueError("connectors_only: the checkpoint trained no connector")
     with atomic_folder(Path(folder), overwrite=overwrite) as temporary:
         if not connectors_only:
-            _write_model(temporary, config, trained, max_shard_bytes, progress)
+            deltas = authors_deltas(weights.shapes, weights)
+            _write_model(temporary, config, trained, deltas, max_shard_bytes, progress)
+            if deltas:
+                save_file(diffusers_adapter(weights.shapes, weights), temporary / LORA_FILE)
         for part in connectors:
             _write_connector(temporary, part, weights)
     parts = {} if connectors_only else _parts_elsewhere(config, Path(folder))
@@ -98,7 +104,7 @@ def trained_keys(weights: TrainedWeights) -> dict[str, Callable[[], Tensor]]:
         return lambda: weights[name].chunk(rows)[row]
 
     readers = {}
-    for name in weights.shapes:
+    for name in filterfalse(is_factor, weights.shapes):
         part, _, rest = name.partition(".")
         keys = authors_names(part, rest)
         readers |= {key: reader(name, row, len(keys)) for row, key in enumerate(keys)}
@@ -112,12 +118,18 @@ def base_folder(config: TrainConfig) -> Path:
 
 
 def _write_model(
-    folder: Path, config: TrainConfig, trained: dict[str, Callable[[], Tensor]], max_shard_bytes: int, progress: bool
+    folder: Path,
+    config: TrainConfig,
+    trained: dict[str, Callable[[], Tensor]],
+    deltas: dict[str, Callable[[], Tensor]],
+    max_shard_bytes: int,
+    progress: bool,
 ) -> None:
+    """The base's tensors with the trained ones in their place, and LoRA products added to what they belong to."""
     base = base_folder(config)
     headers = read_headers(locate.weight_files(base))
     replaced = _start_connectors(config) | trained
-    if missing := sorted(replaced.keys() - headers.keys()):
+    if missing := sorted((replaced.keys() | deltas.keys()) - headers.keys()):
         raise ValueError(f"model.path={config.model.path}: has no {missing[0]}, which was trained")
     writer = ShardWriter(folder, max_shard_bytes)
     with byte_progress(f"Exporting {config.model.path}", sum(h.num_bytes for h in headers.values()), progress) as done:
@@ -128,6 +140,8 @@ def _write_model(
                     wrong = f"shape {list(tensor.shape)}, the trained one {list(new.shape)}"
                     raise ValueError(f"model.path={config.model.path}: {header.key} has {wrong}")
                 tensor = new.to(tensor.dtype)
+            if header.key in deltas:
+                tensor = (tensor.float() + deltas[header.key]()).to(tensor.dtype)
             writer.add(header.key, tensor)
             done(header.num_bytes)
         writer.finish()

@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from uniworld.config import StageConfig
+from uniworld.config import StageConfig, TrainConfig
 
 IMAGE_BRANCH = (
     "denoiser.transformer_blocks.*.attn.norm_q.*",
@@ -18,6 +18,7 @@ IMAGE_BRANCH = (
     "denoiser.single_transformer_blocks.*.attn.*",
     "denoiser.single_transformer_blocks.*.norm.linear.*",
 )
+LORA_FACTORS = ("denoiser.*.lora_A.*", "denoiser.*.lora_B.*")
 PRESETS: dict[str, tuple[str, ...]] = {
     "stage1": ("denoise_projector.*",),
     "stage2": ("denoise_projector.*", "siglip_projector.*", *IMAGE_BRANCH),
@@ -27,6 +28,14 @@ PRESETS: dict[str, tuple[str, ...]] = {
 
 def trained_patterns(stage: StageConfig) -> tuple[str, ...]:
     return stage.patterns if stage.preset == "custom" else PRESETS[stage.preset]
+
+
+def patterns_of(config: TrainConfig) -> tuple[str, ...]:
+    """What a run trains: its stage's patterns; with LoRA, of the DiT the factors alone."""
+    patterns = trained_patterns(config.stage)
+    if config.model.lora_rank is None:
+        return patterns
+    return (*(pattern for pattern in patterns if not pattern.startswith("denoiser.")), *LORA_FACTORS)
 
 
 def inserts_siglip(stage: StageConfig) -> bool:

@@ -24,7 +24,7 @@ from uniworld.train.metrics import Metrics, memory_gib
 from uniworld.train.optim import learning_rate
 from uniworld.train.resume import Checkpointer
 from uniworld.train.sharding import Sharded, StepReport
-from uniworld.train.stages import trained_patterns
+from uniworld.train.stages import patterns_of
 from uniworld.train.step import rank_generator, training_loss
 
 EXIT_STOPPED = 143
@@ -97,7 +97,7 @@ class Trainer:
     def _announce(self) -> None:
         config, sharding_config, world = self.config, self.config.sharding, self.world
         accumulated, batch_size = sharding_config.accumulation_steps, config.data.batch_size
-        patterns = trained_patterns(config.stage)
+        patterns = patterns_of(config)
         more = f" and {len(patterns) - 3} patterns more" if len(patterns) > 3 else ""
         start = "starts anew" if self.restored is None else f"goes on from {self.restored.folder.name}"
         lines = [
