@@ -96,10 +96,10 @@ def case_name(case: dict[str, int]) -> str:
 
 PARAMS = [
     pytest.param(op.name, index, dtype, backward, side, id=f"{op.name}-{index}-{str(dtype)[6:]}-{direction}-{side}")
+    for backward, direction in ((False, "forward"), (True, "backward"))  # all forward passes first
     for op in OPS.values()
     for index, _ in enumerate(cases_of(op))
     for dtype in DTYPES
-    for backward, direction in ((False, "forward"), (True, "backward"))
     if not backward or (DEVICE == "cuda" and op.differentiable)
     for side in sides_of(op)
 ]
