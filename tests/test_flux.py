@@ -7,14 +7,37 @@ from diffusers import FluxTransformer2DModel
 from uniworld.models.flux import FluxConfig, FluxTransformer
 
 CONFIGS = {
-    "guided": dict(num_layers=2, num_single_layers=3, attention_head_dim=16, num_attention_heads=4,
-                   joint_attention_dim=48, pooled_projection_dim=32, guidance_embeds=True, axes_dims_rope=[4, 6, 6]),
-    "one_each": dict(num_layers=1, num_single_layers=1, attention_head_dim=32, num_attention_heads=2,
-                     joint_attention_dim=40, pooled_projection_dim=24, guidance_embeds=False, axes_dims_rope=[8, 12, 12]),
-    "head_128": dict(num_layers=1, num_single_layers=2, attention_head_dim=128, num_attention_heads=2,
-                     joint_attention_dim=64, pooled_projection_dim=32, guidance_embeds=True,
-                     axes_dims_rope=[16, 56, 56]),
-}  # fmt: skip
+    "guided": {
+        "num_layers": 2,
+        "num_single_layers": 3,
+        "attention_head_dim": 16,
+        "num_attention_heads": 4,
+        "joint_attention_dim": 48,
+        "pooled_projection_dim": 32,
+        "guidance_embeds": True,
+        "axes_dims_rope": [4, 6, 6],
+    },
+    "one_each": {
+        "num_layers": 1,
+        "num_single_layers": 1,
+        "attention_head_dim": 32,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 40,
+        "pooled_projection_dim": 24,
+        "guidance_embeds": False,
+        "axes_dims_rope": [8, 12, 12],
+    },
+    "head_128": {
+        "num_layers": 1,
+        "num_single_layers": 2,
+        "attention_head_dim": 128,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 64,
+        "pooled_projection_dim": 32,
+        "guidance_embeds": True,
+        "axes_dims_rope": [16, 56, 56],
+    },
+}
 
 
 def fuse_qkv(state: dict) -> dict:
