@@ -6,55 +6,40 @@ namespace {
 
 constexpr int64_t kRows = 16;  // tokens a task of the forward pass
 
-template <typename T>
-UNIWORLD_INLINE Moments forward_row(const T* x, const T* scale, const T* shift, T* y, float* row, int64_t D, float eps) {
-  Sum sum;
-  for_channels(D, UNIWORLD_BODY {
-    const auto value = get<decltype(zero)>(x + i);
-    store(row + i, value);
-    sum.add(value, k);
-  });
-  const Moments m = moments(row, sum.total(), D, eps);
-  modulate_row(row, m, scale, shift, y, D);
-  return m;
-}
+struct Forward {
+  template <int W, typename T>
+  static UNIWORLD_INLINE Moments run(const T* x, const T* scale, const T* shift, T* y, float* row, int64_t D,
+                                     float eps) {
+    Sum<W> sum;
+    for_channels<W>(D, UNIWORLD_BODY {
+      const auto value = get<decltype(zero)>(x + i);
+      store(row + i, value);
+      sum.add(value, k);
+    });
+    const Moments m = moments<W>(row, sum.total(), D, eps);
+    modulate_row<W>(row, m, scale, shift, y, D);
+    return m;
+  }
+};
 
-template <typename T>
-UNIWORLD_INLINE void backward_row(const T* dy, const T* x, Moments m, const T* scale, T* dx, float* rows, float* dscale,
+struct Backward {
+  template <int W, typename T>
+  static UNIWORLD_INLINE void run(const T* dy, const T* x, Moments m, const T* scale, T* dx, float* rows, float* dscale,
                                   float* dshift, int64_t D) {
-  float *normed = rows, *grad = rows + D;
-  const NormGradient g = modulate_row_backward(dy, x, m, scale, normed, grad, dscale, dshift, D);
-  for_channels(D, UNIWORLD_BODY {
-    using V = decltype(zero);
-    const V d = m.rstd * (get<V>(grad + i) - g.mean_grad - get<V>(normed + i) * g.mean_dot);
-    store(dx + i, d);
-  });
-}
-
-}  // namespace
-
-UNIWORLD_CLONES Moments adaln_row(const float* x, const float* scale, const float* shift, float* y, float* row, int64_t D,
-                                  float eps) {
-  return forward_row(x, scale, shift, y, row, D, eps);
-}
-UNIWORLD_CLONES Moments adaln_row(const bfloat16* x, const bfloat16* scale, const bfloat16* shift, bfloat16* y, float* row,
-                                  int64_t D, float eps) {
-  return forward_row(x, scale, shift, y, row, D, eps);
-}
-UNIWORLD_CLONES void adaln_row_backward(const float* dy, const float* x, Moments m, const float* scale, float* dx,
-                                        float* rows, float* dscale, float* dshift, int64_t D) {
-  backward_row(dy, x, m, scale, dx, rows, dscale, dshift, D);
-}
-UNIWORLD_CLONES void adaln_row_backward(const bfloat16* dy, const bfloat16* x, Moments m, const bfloat16* scale,
-                                        bfloat16* dx, float* rows, float* dscale, float* dshift, int64_t D) {
-  backward_row(dy, x, m, scale, dx, rows, dscale, dshift, D);
-}
-
-namespace {
+    float *normed = rows, *grad = rows + D;
+    const NormGradient g = modulate_row_backward<W>(dy, x, m, scale, normed, grad, dscale, dshift, D);
+    for_channels<W>(D, UNIWORLD_BODY {
+      using V = decltype(zero);
+      const V d = m.rstd * (get<V>(grad + i) - g.mean_grad - get<V>(normed + i) * g.mean_dot);
+      store(dx + i, d);
+    });
+  }
+};
 
 // x, y: [B, L, D]; scale, shift: [B, D] with row strides; mean, rstd: [B, L] fp32.
-void adaln_modulate(int dtype, uintptr_t x, uintptr_t scale, int64_t scale_stride, uintptr_t shift, int64_t shift_stride,
-                    uintptr_t y, uintptr_t mean, uintptr_t rstd, int64_t B, int64_t L, int64_t D, float eps) {
+void adaln_modulate(int dtype, uintptr_t x, uintptr_t scale, int64_t scale_stride, uintptr_t shift,
+                    int64_t shift_stride, uintptr_t y, uintptr_t mean, uintptr_t rstd, int64_t B, int64_t L, int64_t D,
+                    float eps) {
   with_dtype(dtype, [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
     for_each_block(B, L, D, kRows, [&](int64_t sample, int64_t first, int64_t last, int64_t) {
@@ -63,7 +48,7 @@ void adaln_modulate(int dtype, uintptr_t x, uintptr_t scale, int64_t scale_strid
       const T* sample_shift = pointer<T>(shift) + sample * shift_stride;
       for (int64_t r = sample * L + first; r < sample * L + last; ++r) {
         const Moments m =
-            adaln_row(pointer<T>(x) + r * D, sample_scale, sample_shift, pointer<T>(y) + r * D, row, D, eps);
+            run<Forward>(pointer<T>(x) + r * D, sample_scale, sample_shift, pointer<T>(y) + r * D, row, D, eps);
         pointer<float>(mean)[r] = m.mean;
         pointer<float>(rstd)[r] = m.rstd;
       }
@@ -72,9 +57,9 @@ void adaln_modulate(int dtype, uintptr_t x, uintptr_t scale, int64_t scale_strid
 }
 
 // dy, x, dx: [B, L, D]; dscale, dshift: [B, ceil(L / rows), D] fp32 partial sums, overwritten.
-void adaln_modulate_backward(int dtype, uintptr_t dy, uintptr_t x, uintptr_t scale, int64_t scale_stride, uintptr_t mean,
-                             uintptr_t rstd, uintptr_t dx, uintptr_t dscale, uintptr_t dshift, int64_t B, int64_t L,
-                             int64_t D, int64_t rows) {
+void adaln_modulate_backward(int dtype, uintptr_t dy, uintptr_t x, uintptr_t scale, int64_t scale_stride,
+                             uintptr_t mean, uintptr_t rstd, uintptr_t dx, uintptr_t dscale, uintptr_t dshift,
+                             int64_t B, int64_t L, int64_t D, int64_t rows) {
   with_dtype(dtype, [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
     for_each_block(B, L, D, rows, [&](int64_t sample, int64_t first, int64_t last, int64_t block) {
@@ -84,8 +69,8 @@ void adaln_modulate_backward(int dtype, uintptr_t dy, uintptr_t x, uintptr_t sca
       std::fill_n(dshift_row, D, 0.f);
       for (int64_t r = sample * L + first; r < sample * L + last; ++r) {
         const Moments m{pointer<float>(mean)[r], pointer<float>(rstd)[r]};
-        adaln_row_backward(pointer<T>(dy) + r * D, pointer<T>(x) + r * D, m, pointer<T>(scale) + sample * scale_stride,
-                           pointer<T>(dx) + r * D, buffers, dscale_row, dshift_row, D);
+        run<Backward>(pointer<T>(dy) + r * D, pointer<T>(x) + r * D, m, pointer<T>(scale) + sample * scale_stride,
+                      pointer<T>(dx) + r * D, buffers, dscale_row, dshift_row, D);
       }
     });
   });
@@ -95,6 +80,14 @@ void adaln_modulate_backward(int dtype, uintptr_t dy, uintptr_t x, uintptr_t sca
 
 void bind_adaln_modulate(pybind11::module_& m) {
   using release = pybind11::call_guard<pybind11::gil_scoped_release>;
+  m.def(
+      "limit_instruction_set",
+      [](int level) {
+        const int before = instruction_set();
+        instruction_set() = std::min(level, widest_instruction_set());
+        return before;
+      },
+      "For tests: at most 2 AVX-512, 1 AVX2 or 0 the baseline from now on. Returns what was in use.");
   m.def("adaln_modulate", &adaln_modulate, release());
   m.def("adaln_modulate_backward", &adaln_modulate_backward, release());
 }

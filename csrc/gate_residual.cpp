@@ -6,26 +6,30 @@ namespace {
 
 constexpr int64_t kRows = 16;  // tokens a task of the forward passes
 
-template <typename T>
-UNIWORLD_INLINE void gate_row_body(const T* x, const T* y, const T* gate, T* out, int64_t D) {
-  for_channels(D, UNIWORLD_BODY {
-    using V = decltype(zero);
-    const V sum = get<V>(x + i) + get<V>(gate + i) * get<V>(y + i);
-    store(out + i, sum);
-  });
-}
+struct Gate {
+  template <int W, typename T>
+  static UNIWORLD_INLINE void run(const T* x, const T* y, const T* gate, T* out, int64_t D) {
+    for_channels<W>(D, UNIWORLD_BODY {
+      using V = decltype(zero);
+      const V sum = get<V>(x + i) + get<V>(gate + i) * get<V>(y + i);
+      store(out + i, sum);
+    });
+  }
+};
 
-template <typename T>
-UNIWORLD_INLINE void gate_row_backward_body(const T* dout, const T* y, const T* gate, T* dy, float* dgate, int64_t D) {
-  for_channels(D, UNIWORLD_BODY {
-    using V = decltype(zero);
-    const V d = get<V>(dout + i);
-    const V branch = d * get<V>(gate + i);
-    const V sum = get<V>(dgate + i) + d * get<V>(y + i);
-    store(dy + i, branch);
-    store(dgate + i, sum);
-  });
-}
+struct GateBackward {
+  template <int W, typename T>
+  static UNIWORLD_INLINE void run(const T* dout, const T* y, const T* gate, T* dy, float* dgate, int64_t D) {
+    for_channels<W>(D, UNIWORLD_BODY {
+      using V = decltype(zero);
+      const V d = get<V>(dout + i);
+      const V branch = d * get<V>(gate + i);
+      const V sum = get<V>(dgate + i) + d * get<V>(y + i);
+      store(dy + i, branch);
+      store(dgate + i, sum);
+    });
+  }
+};
 
 // What one token of gate_residual_adaln reads and writes.
 template <typename T>
@@ -42,67 +46,41 @@ struct TokenGradient {
   float *dgate, *dscale, *dshift;
 };
 
-template <typename T>
-UNIWORLD_INLINE Moments gate_adaln_body(const Token<T>& t, float* row, int64_t D, float eps) {
-  Sum sum;
-  for_channels(D, UNIWORLD_BODY {
-    using V = decltype(zero);
-    const V r = get<V>(t.x + i) + get<V>(t.gate + i) * get<V>(t.y + i);
-    store(t.residual + i, r);
-    store(row + i, r);
-    sum.add(r, k);
-  });
-  const Moments m = moments(row, sum.total(), D, eps);
-  modulate_row(row, m, t.scale, t.shift, t.modulated, D);
-  return m;
-}
+struct GateAdaln {
+  template <int W, typename T>
+  static UNIWORLD_INLINE Moments run(const Token<T>& t, float* row, int64_t D, float eps) {
+    Sum<W> sum;
+    for_channels<W>(D, UNIWORLD_BODY {
+      using V = decltype(zero);
+      const V r = get<V>(t.x + i) + get<V>(t.gate + i) * get<V>(t.y + i);
+      store(t.residual + i, r);
+      store(row + i, r);
+      sum.add(r, k);
+    });
+    const Moments m = moments<W>(row, sum.total(), D, eps);
+    modulate_row<W>(row, m, t.scale, t.shift, t.modulated, D);
+    return m;
+  }
+};
 
-template <typename T>
-UNIWORLD_INLINE void gate_adaln_backward_body(const TokenGradient<T>& t, Moments m, float* rows, int64_t D) {
-  float *normed = rows, *grad = rows + D;
-  const NormGradient g = modulate_row_backward(t.dmodulated, t.residual, m, t.scale, normed, grad, t.dscale, t.dshift, D);
-  for_channels(D, UNIWORLD_BODY {
-    using V = decltype(zero);
-    const V through_norm = m.rstd * (get<V>(grad + i) - g.mean_grad - get<V>(normed + i) * g.mean_dot);
-    const V d = get<V>(t.dresidual + i) + through_norm;
-    const V branch = d * get<V>(t.gate + i);
-    const V dgate = get<V>(t.dgate + i) + d * get<V>(t.y + i);
-    store(t.dx + i, d);
-    store(t.dy + i, branch);
-    store(t.dgate + i, dgate);
-  });
-}
-
-}  // namespace
-
-UNIWORLD_CLONES void gate_row(const float* x, const float* y, const float* gate, float* out, int64_t D) {
-  gate_row_body(x, y, gate, out, D);
-}
-UNIWORLD_CLONES void gate_row(const bfloat16* x, const bfloat16* y, const bfloat16* gate, bfloat16* out, int64_t D) {
-  gate_row_body(x, y, gate, out, D);
-}
-UNIWORLD_CLONES void gate_row_backward(const float* dout, const float* y, const float* gate, float* dy, float* dgate,
-                                       int64_t D) {
-  gate_row_backward_body(dout, y, gate, dy, dgate, D);
-}
-UNIWORLD_CLONES void gate_row_backward(const bfloat16* dout, const bfloat16* y, const bfloat16* gate, bfloat16* dy,
-                                       float* dgate, int64_t D) {
-  gate_row_backward_body(dout, y, gate, dy, dgate, D);
-}
-UNIWORLD_CLONES Moments gate_adaln_row(const Token<float>& t, float* row, int64_t D, float eps) {
-  return gate_adaln_body(t, row, D, eps);
-}
-UNIWORLD_CLONES Moments gate_adaln_row(const Token<bfloat16>& t, float* row, int64_t D, float eps) {
-  return gate_adaln_body(t, row, D, eps);
-}
-UNIWORLD_CLONES void gate_adaln_row_backward(const TokenGradient<float>& t, Moments m, float* rows, int64_t D) {
-  gate_adaln_backward_body(t, m, rows, D);
-}
-UNIWORLD_CLONES void gate_adaln_row_backward(const TokenGradient<bfloat16>& t, Moments m, float* rows, int64_t D) {
-  gate_adaln_backward_body(t, m, rows, D);
-}
-
-namespace {
+struct GateAdalnBackward {
+  template <int W, typename T>
+  static UNIWORLD_INLINE void run(const TokenGradient<T>& t, Moments m, float* rows, int64_t D) {
+    float *normed = rows, *grad = rows + D;
+    const NormGradient g =
+        modulate_row_backward<W>(t.dmodulated, t.residual, m, t.scale, normed, grad, t.dscale, t.dshift, D);
+    for_channels<W>(D, UNIWORLD_BODY {
+      using V = decltype(zero);
+      const V through_norm = m.rstd * (get<V>(grad + i) - g.mean_grad - get<V>(normed + i) * g.mean_dot);
+      const V d = get<V>(t.dresidual + i) + through_norm;
+      const V branch = d * get<V>(t.gate + i);
+      const V dgate = get<V>(t.dgate + i) + d * get<V>(t.y + i);
+      store(t.dx + i, d);
+      store(t.dy + i, branch);
+      store(t.dgate + i, dgate);
+    });
+  }
+};
 
 // x, y, out: [B, L, D]; gate: [B, D] with a row stride.
 void gate_residual(int dtype, uintptr_t x, uintptr_t y, uintptr_t gate, int64_t gate_stride, uintptr_t out, int64_t B,
@@ -112,7 +90,7 @@ void gate_residual(int dtype, uintptr_t x, uintptr_t y, uintptr_t gate, int64_t 
     for_each_block(B, L, D, kRows, [&](int64_t sample, int64_t first, int64_t last, int64_t) {
       const T* sample_gate = pointer<T>(gate) + sample * gate_stride;
       for (int64_t r = (sample * L + first) * D; r < (sample * L + last) * D; r += D) {
-        gate_row(pointer<T>(x) + r, pointer<T>(y) + r, sample_gate, pointer<T>(out) + r, D);
+        run<Gate>(pointer<T>(x) + r, pointer<T>(y) + r, sample_gate, pointer<T>(out) + r, D);
       }
     });
   });
@@ -128,7 +106,7 @@ void gate_residual_backward(int dtype, uintptr_t dout, uintptr_t y, uintptr_t ga
       float* dgate_row = pointer<float>(dgate) + block * D;
       std::fill_n(dgate_row, D, 0.f);
       for (int64_t r = (sample * L + first) * D; r < (sample * L + last) * D; r += D) {
-        gate_row_backward(pointer<T>(dout) + r, pointer<T>(y) + r, sample_gate, pointer<T>(dy) + r, dgate_row, D);
+        run<GateBackward>(pointer<T>(dout) + r, pointer<T>(y) + r, sample_gate, pointer<T>(dy) + r, dgate_row, D);
       }
     });
   });
@@ -137,7 +115,8 @@ void gate_residual_backward(int dtype, uintptr_t dout, uintptr_t y, uintptr_t ga
 // x, y, residual, modulated: [B, L, D]; gate, scale, shift: [B, D] with row strides; mean, rstd: [B, L] fp32.
 void gate_residual_adaln(int dtype, uintptr_t x, uintptr_t y, uintptr_t gate, int64_t gate_stride, uintptr_t scale,
                          int64_t scale_stride, uintptr_t shift, int64_t shift_stride, uintptr_t residual,
-                         uintptr_t modulated, uintptr_t mean, uintptr_t rstd, int64_t B, int64_t L, int64_t D, float eps) {
+                         uintptr_t modulated, uintptr_t mean, uintptr_t rstd, int64_t B, int64_t L, int64_t D,
+                         float eps) {
   with_dtype(dtype, [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
     for_each_block(B, L, D, kRows, [&](int64_t sample, int64_t first, int64_t last, int64_t) {
@@ -150,7 +129,7 @@ void gate_residual_adaln(int dtype, uintptr_t x, uintptr_t y, uintptr_t gate, in
                              pointer<T>(shift) + sample * shift_stride,
                              pointer<T>(residual) + r * D,
                              pointer<T>(modulated) + r * D};
-        const Moments m = gate_adaln_row(token, row, D, eps);
+        const Moments m = run<GateAdaln>(token, row, D, eps);
         pointer<float>(mean)[r] = m.mean;
         pointer<float>(rstd)[r] = m.rstd;
       }
@@ -180,7 +159,7 @@ void gate_residual_adaln_backward(int dtype, uintptr_t dresidual, uintptr_t dmod
                                      pointer<float>(dgate) + block * D,
                                      pointer<float>(dscale) + block * D,
                                      pointer<float>(dshift) + block * D};
-        gate_adaln_row_backward(token, {pointer<float>(mean)[r], pointer<float>(rstd)[r]}, buffers, D);
+        run<GateAdalnBackward>(token, Moments{pointer<float>(mean)[r], pointer<float>(rstd)[r]}, buffers, D);
       }
     });
   });

@@ -23,18 +23,30 @@ struct TokenGradient {
   float *dq_weight, *dk_weight;
 };
 
+#ifdef __clang__
+#define UNIWORLD_SWAP(x, ...) __builtin_shufflevector(x, x, __VA_ARGS__)
+#else
+#define UNIWORLD_SWAP(x, ...) __builtin_shuffle(x, typename Vector<kWidth<V>>::Bits{__VA_ARGS__})
+#endif
+
+template <typename V>
+UNIWORLD_INLINE V swap_pairs(const V& x) {
+  if constexpr (kWidth<V> == 16) {
+    return UNIWORLD_SWAP(x, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
+  } else if constexpr (kWidth<V> == 8) {
+    return UNIWORLD_SWAP(x, 1, 0, 3, 2, 5, 4, 7, 6);
+  } else {
+    return UNIWORLD_SWAP(x, 1, 0, 3, 2);
+  }
+}
+
 // The other channel of each rotated pair.
 template <typename V, typename T>
 UNIWORLD_INLINE V partner(const T* row, int64_t i) {
   if constexpr (std::is_same_v<V, float>) {
     return get<float>(row + (i ^ 1));
   } else {
-    const Lanes x = get<Lanes>(row + i);
-#ifdef __clang__
-    return __builtin_shufflevector(x, x, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
-#else
-    return __builtin_shuffle(x, LaneBits{1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14});
-#endif
+    return swap_pairs(get<V>(row + i));
   }
 }
 
@@ -50,17 +62,17 @@ UNIWORLD_INLINE void fold(const float* weight, const float* cos, const float* si
   }
 }
 
-template <typename T>
+template <int W, typename T>
 UNIWORLD_INLINE void forward_head(const T* x, const float* direct, const float* crossed, T* out, float* row, int64_t Dh,
                                   float eps) {
-  Sum squares;
-  for_channels(Dh, UNIWORLD_BODY {
+  Sum<W> squares;
+  for_channels<W>(Dh, UNIWORLD_BODY {
     const auto value = get<decltype(zero)>(x + i);
     store(row + i, value);
     squares.add(value * value, k);
   });
   const float rstd = 1.f / std::sqrt(squares.total() / Dh + eps);
-  for_channels(Dh, UNIWORLD_BODY {
+  for_channels<W>(Dh, UNIWORLD_BODY {
     using V = decltype(zero);
     V value = get<V>(row + i) * get<V>(direct + i);
     if (crossed) value += partner<V>(row, i) * get<V>(crossed + i);
@@ -69,36 +81,38 @@ UNIWORLD_INLINE void forward_head(const T* x, const float* direct, const float* 
   });
 }
 
-template <typename T>
-UNIWORLD_INLINE void forward_token(const Token<T>& t, float* buffers, int64_t H, int64_t Dh, float eps) {
-  float* row = buffers;
-  const float* weights[2] = {t.q_weight, t.k_weight};
-  T* outs[2] = {t.q, t.k};
-  for (int part = 0; part < 2; ++part) {
-    const float *direct = weights[part], *crossed = nullptr;
-    if (t.cos) {
-      fold(weights[part], t.cos, t.sin, buffers + Dh, buffers + 2 * Dh, Dh);
-      direct = buffers + Dh;
-      crossed = buffers + 2 * Dh;
+struct Forward {
+  template <int W, typename T>
+  static UNIWORLD_INLINE void run(const Token<T>& t, float* buffers, int64_t H, int64_t Dh, float eps) {
+    float* row = buffers;
+    const float* weights[2] = {t.q_weight, t.k_weight};
+    T* outs[2] = {t.q, t.k};
+    for (int part = 0; part < 2; ++part) {
+      const float *direct = weights[part], *crossed = nullptr;
+      if (t.cos) {
+        fold(weights[part], t.cos, t.sin, buffers + Dh, buffers + 2 * Dh, Dh);
+        direct = buffers + Dh;
+        crossed = buffers + 2 * Dh;
+      }
+      const T* x = t.qkv + part * H * Dh;
+      for (int64_t h = 0; h < H; ++h) forward_head<W>(x + h * Dh, direct, crossed, outs[part] + h * Dh, row, Dh, eps);
     }
-    const T* x = t.qkv + part * H * Dh;
-    for (int64_t h = 0; h < H; ++h) forward_head(x + h * Dh, direct, crossed, outs[part] + h * Dh, row, Dh, eps);
+    if (t.v) std::memcpy(static_cast<void*>(t.v), t.qkv + 2 * H * Dh, H * Dh * sizeof(T));
   }
-  if (t.v) std::memcpy(static_cast<void*>(t.v), t.qkv + 2 * H * Dh, H * Dh * sizeof(T));
-}
+};
 
 // d = dy rotated back: d[i] = dy[i] * direct[i] + partner(dy)[i] * crossed[i].
-template <typename T>
+template <int W, typename T>
 UNIWORLD_INLINE void backward_head(const T* dy, const T* x, const float* weight, const float* direct,
                                    const float* crossed, T* dx, float* dweight, float* buffers, int64_t Dh, float eps) {
   float *normed = buffers, *grad = buffers + Dh;
-  Sum squares, dot;
-  for_channels(Dh, UNIWORLD_BODY {
+  Sum<W> squares, dot;
+  for_channels<W>(Dh, UNIWORLD_BODY {
     const auto value = get<decltype(zero)>(x + i);
     squares.add(value * value, k);
   });
   const float rstd = 1.f / std::sqrt(squares.total() / Dh + eps);
-  for_channels(Dh, UNIWORLD_BODY {
+  for_channels<W>(Dh, UNIWORLD_BODY {
     using V = decltype(zero);
     V d = get<V>(dy + i);
     if (crossed) d = d * get<V>(direct + i) + partner<V>(dy, i) * get<V>(crossed + i);
@@ -111,54 +125,38 @@ UNIWORLD_INLINE void backward_head(const T* dy, const T* x, const float* weight,
     dot.add(g * n, k);
   });
   const float mean_dot = dot.total() / Dh;
-  for_channels(Dh, UNIWORLD_BODY {
+  for_channels<W>(Dh, UNIWORLD_BODY {
     using V = decltype(zero);
     const V d = rstd * (get<V>(grad + i) - get<V>(normed + i) * mean_dot);
     store(dx + i, d);
   });
 }
 
-template <typename T>
-UNIWORLD_INLINE void backward_token(const TokenGradient<T>& t, float* buffers, int64_t H, int64_t Dh, float eps) {
-  const float *direct = nullptr, *crossed = nullptr;
-  if (t.cos) {
-    for (int64_t i = 0; i < Dh; ++i) {
-      buffers[i] = t.cos[i / 2];
-      buffers[Dh + i] = i % 2 ? -t.sin[i / 2] : t.sin[i / 2];
+struct Backward {
+  template <int W, typename T>
+  static UNIWORLD_INLINE void run(const TokenGradient<T>& t, float* buffers, int64_t H, int64_t Dh, float eps) {
+    const float *direct = nullptr, *crossed = nullptr;
+    if (t.cos) {
+      for (int64_t i = 0; i < Dh; ++i) {
+        buffers[i] = t.cos[i / 2];
+        buffers[Dh + i] = i % 2 ? -t.sin[i / 2] : t.sin[i / 2];
+      }
+      direct = buffers;
+      crossed = buffers + Dh;
     }
-    direct = buffers;
-    crossed = buffers + Dh;
-  }
-  const T* dys[2] = {t.dq, t.dk};
-  const float* weights[2] = {t.q_weight, t.k_weight};
-  float* dweights[2] = {t.dq_weight, t.dk_weight};
-  for (int part = 0; part < 2; ++part) {
-    for (int64_t h = 0; h < H; ++h) {
-      const int64_t at = (part * H + h) * Dh;
-      backward_head(dys[part] + h * Dh, t.qkv + at, weights[part], direct, crossed, t.dqkv + at, dweights[part],
-                    buffers + 2 * Dh, Dh, eps);
+    const T* dys[2] = {t.dq, t.dk};
+    const float* weights[2] = {t.q_weight, t.k_weight};
+    float* dweights[2] = {t.dq_weight, t.dk_weight};
+    for (int part = 0; part < 2; ++part) {
+      for (int64_t h = 0; h < H; ++h) {
+        const int64_t at = (part * H + h) * Dh;
+        backward_head<W>(dys[part] + h * Dh, t.qkv + at, weights[part], direct, crossed, t.dqkv + at, dweights[part],
+                         buffers + 2 * Dh, Dh, eps);
+      }
     }
+    std::memcpy(static_cast<void*>(t.dqkv + 2 * H * Dh), t.dv, H * Dh * sizeof(T));
   }
-  std::memcpy(static_cast<void*>(t.dqkv + 2 * H * Dh), t.dv, H * Dh * sizeof(T));
-}
-
-}  // namespace
-
-UNIWORLD_CLONES void qk_token(const Token<float>& t, float* buffers, int64_t H, int64_t Dh, float eps) {
-  forward_token(t, buffers, H, Dh, eps);
-}
-UNIWORLD_CLONES void qk_token(const Token<bfloat16>& t, float* buffers, int64_t H, int64_t Dh, float eps) {
-  forward_token(t, buffers, H, Dh, eps);
-}
-UNIWORLD_CLONES void qk_token_backward(const TokenGradient<float>& t, float* buffers, int64_t H, int64_t Dh, float eps) {
-  backward_token(t, buffers, H, Dh, eps);
-}
-UNIWORLD_CLONES void qk_token_backward(const TokenGradient<bfloat16>& t, float* buffers, int64_t H, int64_t Dh,
-                                       float eps) {
-  backward_token(t, buffers, H, Dh, eps);
-}
-
-namespace {
+};
 
 // The table row of a token, or null from row R on.
 const float* table_row(uintptr_t table, int64_t token, int64_t R, int64_t Dh) {
@@ -184,7 +182,7 @@ void qk_norm_rope(int dtype, uintptr_t qkv, int64_t batch_stride, int64_t row_st
                          pointer<T>(q) + joint,
                          pointer<T>(k) + joint,
                          v ? pointer<T>(v) + joint : nullptr};
-        qk_token(t, buffers, H, Dh, eps);
+        run<Forward>(t, buffers, H, Dh, eps);
       }
     });
   });
@@ -213,7 +211,7 @@ void qk_norm_rope_backward(int dtype, uintptr_t dq, uintptr_t dk, uintptr_t dv, 
                                  pointer<T>(dqkv) + (sample * L + token) * 3 * H * Dh,
                                  pointer<float>(dq_weight) + block * Dh,
                                  pointer<float>(dk_weight) + block * Dh};
-        qk_token_backward(t, buffers, H, Dh, eps);
+        run<Backward>(t, buffers, H, Dh, eps);
       }
     });
   });

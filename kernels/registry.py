@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 from uniworld.kernels import extension
 
@@ -117,7 +118,7 @@ def backend_for(x: Tensor, cpp: str | None = None) -> str:
         return "torch"
     can_cpp = x.device.type == "cpu" and cpp is not None and extension.has(cpp)
     if _forced == "triton":
-        if not (x.is_cuda or INTERPRET):
+        if not (x.is_cuda or INTERPRET or is_fake(x)):  # a fake tensor is traced, and no kernel runs
             raise RuntimeError(f"UNIWORLD_KERNELS=triton needs a CUDA tensor or TRITON_INTERPRET=1, got {x.device}")
         return "triton"
     if _forced == "cpp":
