@@ -64,6 +64,7 @@ CLIP = {
     "num_attention_heads": 12,
     "num_hidden_layers": 12,
     "projection_dim": 768,
+    "vocab_size": 49408,
 }
 VAE = {"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "norm_num_groups": 32, "sample_size": 1024}
 

@@ -281,14 +281,16 @@ def plan(
     table: Annotated[
         bool, typer.Option("--table", help="GiB for every ZeRO stage and 1 to 64 GPUs, as Markdown.")
     ] = False,
-) -> None:
+) -> int:
     """Estimate the memory of a training on each GPU, by part, and recommend settings that fit.
+
+    Exit code 1: it does not fit.
 
     Example: `uniworld plan configs/stage2_512.yaml --gpus 8 --gpu-memory 80`
     """
     from uniworld import cli_plan
 
-    cli_plan.plan(config, overrides or [], gpus, gpu_memory, table)
+    return cli_plan.plan(config, overrides or [], gpus, gpu_memory, table)
 
 
 @app.command()
