@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import golden
 import pytest
@@ -18,6 +19,9 @@ from uniworld.checkpoint.load import load_uniworld
 from uniworld.checkpoint.precision import default_dtype
 from uniworld.checkpoint.save import ShardWriter, atomic_folder, save_uniworld
 from uniworld.checkpoint.weights import Plan, fill, module_targets, parameters_on_meta, read_headers
+from uniworld.checkpoint.widths import check_widths
+from uniworld.models.connectors import Connector
+from uniworld.models.task_head import TaskHead
 
 WEIGHTS = "model.safetensors"
 
@@ -336,6 +340,66 @@ def test_not_finite_values_are_named_on_request(broken, bad):
     one_line(error)
 
 
+def test_not_finite_values_of_torch_files_are_named_on_request(folders, tmp_path):
+    model = shutil.copytree(folders["model"], tmp_path / "model")
+    weights = torch.load(model / "task_head_final.pt", weights_only=True)
+    weights["3.bias"][0] = float("nan")
+    torch.save(weights, model / "task_head_final.pt")
+    assert load_golden({**folders, "model": model}).task_head is not None
+    with pytest.raises(ValueError, match=r"task_head_final\.pt: 3\.bias holds NaN or infinite values"):
+        load_golden({**folders, "model": model}, check_finite=True)
+
+    (tmp_path / "stage").mkdir()
+    connector = load_golden(folders).denoise_projector.state_dict()
+    connector["0.bias"][0] = float("inf")
+    torch.save(connector, tmp_path / "stage" / "denoise_projector.bin")
+    with pytest.raises(ValueError, match=r"denoise_projector\.bin: 0\.bias holds NaN or infinite values"):
+        load_golden(folders, check_finite=True, connectors=tmp_path / "stage")
+
+
+@pytest.mark.parametrize("content", [b"", b"junk", b"not a torch file", b"PK\x03\x04broken archive"])
+def test_damaged_torch_files_are_named(folders, tmp_path, content):
+    (tmp_path / "denoise_projector.bin").write_bytes(content)
+    with pytest.raises(ValueError, match=r"denoise_projector\.bin: no torch file of plain tensors") as error:
+        load_golden(folders, connectors=tmp_path)
+    one_line(error)
+    (tmp_path / "task_head_final.pt").write_bytes(content)
+    with pytest.raises(ValueError, match=r"task_head_final\.pt: no torch file of plain tensors") as error:
+        TaskHead.from_file(tmp_path / "task_head_final.pt")
+    one_line(error)
+
+
+def test_parts_of_other_widths_are_listed_before_loading(loaded):
+    parts = {name: value for name, value in vars(loaded).items() if isinstance(value, torch.nn.Module)}
+    head = parts.pop("task_head")
+    check_widths("folder", parts, head)
+    wrong = {
+        "semantic_encoder": SimpleNamespace(hidden_size=7),
+        "denoise_projector": Connector(5, 4, loaded.denoiser.config.joint_attention_dim),
+        "siglip_projector": Connector(loaded.semantic_encoder.hidden_size, 4, 3),
+    }
+    with pytest.raises(ValueError) as error:
+        check_widths("folder", parts | wrong, TaskHead(9, 4))
+    text = one_line(error)
+    vlm = loaded.vlm.model.config.text_config.hidden_size
+    assert text.startswith("folder: its parts do not fit each other: ")
+    for problem in (
+        f"denoise_projector is 5 wide, the VLM {vlm}",
+        f"siglip_projector is {loaded.semantic_encoder.hidden_size} wide, SigLIP 7",
+        f"siglip_projector's output is 3 wide, the DiT {loaded.denoiser.config.joint_attention_dim}",
+        f"task head is 9 wide, the VLM {vlm}",
+    ):
+        assert problem in text
+    assert text.count(" wide, ") == 4
+
+
+def test_a_task_head_of_another_model_is_refused(folders, tmp_path):
+    model = shutil.copytree(folders["model"], tmp_path / "model")
+    torch.save(TaskHead(24, 8).state_dict(), model / "task_head_final.pt")
+    with pytest.raises(ValueError, match="do not fit each other: task head is 24 wide, the VLM"):
+        load_golden({**folders, "model": model})
+
+
 def test_missing_shard_is_named(loaded, folders, tmp_path):
     model = save_uniworld(loaded, tmp_path / "model", max_shard_bytes=2_000_000)
     shard = sorted(model.glob("model-*.safetensors"))[1]
@@ -531,6 +595,7 @@ def test_a_parent_that_cannot_be_written(tmp_path):
 MEASURE = """
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 import torch
 from uniworld.checkpoint.load import load_uniworld
 

@@ -63,8 +63,10 @@ def connector_shapes(headers: Mapping[str, Header], title: str) -> dict[str, Con
         found = [headers[key].shape for key in keys if key in headers]
         if not found and part == "vae_projector":
             continue
-        if len(found) < 2 or any(len(shape) != 2 for shape in found):
-            raise ValueError(f"{title}: missing {' or '.join(keys)}, or not a matrix")
+        if missing := [key for key in keys if key not in headers]:
+            raise ValueError(f"{title}: {'; '.join(f'missing {key}' for key in missing)}")
+        if any(len(shape) != 2 for shape in found):
+            raise ValueError(f"{title}: {' or '.join(keys)} is not a matrix")
         (hidden, in_features), (out_features, _) = found
         shapes[part] = (in_features, hidden, out_features)
     return shapes

@@ -1,6 +1,5 @@
 """Connectors exported by the authors' training stages: `denoise_projector.bin`, `siglip_projector.bin`."""
 
-import pickle
 from pathlib import Path
 
 import torch
@@ -17,19 +16,20 @@ def read_connector(path: Path, part: str) -> dict[str, Tensor]:
     """
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f"{path}: no torch file of plain tensors ({str(error).splitlines()[0]})") from None
+    except Exception as error:  # `torch.load` has as many ways to fail as there are broken files
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(f"{path}: no torch file of plain tensors ({reason})") from None
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
         raise ValueError(f"{path}: holds no tensors by name")
     return {key.rpartition(f"{part}.")[2]: value for key, value in weights.items()}
 
 
-def override_connectors(connectors: dict[str, nn.Module], folder: Path) -> None:
+def override_connectors(connectors: dict[str, nn.Module], folder: Path, check_finite: bool = False) -> None:
     """Put the exports that `folder` holds in place of the connectors' weights.
 
     Raises:
         FileNotFoundError: the folder holds none.
-        ValueError: keys or shapes do not fit.
+        ValueError: keys or shapes do not fit, or a tensor holds NaN or infinity with `check_finite`.
     """
     found = [part for part in EXPORTS if (folder / f"{part}.bin").is_file()]
     if not found:
@@ -45,5 +45,7 @@ def override_connectors(connectors: dict[str, nn.Module], folder: Path) -> None:
                 raise ValueError(f"{path}: shape of {name} is {shapes}")
             if not weights[name].is_floating_point():
                 raise ValueError(f"{path}: dtype of {name} is {weights[name].dtype}, must be floating point")
+            if check_finite and not torch.isfinite(weights[name]).all():
+                raise ValueError(f"{path}: {name} holds NaN or infinite values")
         for name, parameter in parameters.items():
             parameter.data.copy_(weights[name])

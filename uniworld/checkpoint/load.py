@@ -28,6 +28,7 @@ from uniworld.checkpoint.progress import byte_progress
 from uniworld.checkpoint.save import TASK_HEAD_FILE
 from uniworld.checkpoint.tiny import tiny_dir
 from uniworld.checkpoint.weights import Plan, fill, parameters_on_meta, read_headers
+from uniworld.checkpoint.widths import check_widths
 from uniworld.models.connectors import Connector
 from uniworld.models.flux import FluxTransformer
 from uniworld.models.prompts import VISION_END, VISION_START, PromptProcessor
@@ -138,15 +139,17 @@ def load_uniworld(
     _fill_token_ids(config, processor)
 
     parts, plans = _plan_all(folders, config, device, dtype)
-    time_shift, task_head = _time_shift(folders.flux), _task_head(folders.model, device, dtype)
+    time_shift, task_head = _time_shift(folders.flux), _task_head(folders.model, device, dtype, check_finite)
     for plan in plans:
         plan.check()
+    check_widths(folders.model, parts, task_head)
     with byte_progress(f"Loading {model}", sum(plan.num_bytes for plan in plans), progress) as advance:
         fill(plans, check_finite=check_finite, advance=advance)
     for part in parts.values():
         part.eval()
     if connectors is not None:
-        override_connectors({name: parts[name] for name in CONNECTORS if name in parts}, Path(connectors))
+        own = {name: parts[name] for name in CONNECTORS if name in parts}
+        override_connectors(own, Path(connectors), check_finite)
 
     settings = config.get("uniworld", {})
     return UniWorld(
@@ -254,9 +257,9 @@ def _plan_vae(flux: Path, device: torch.device, dtype: torch.dtype) -> tuple[Ima
     return vae, encoder_plan(folder, vae.model, device, dtype, stem="diffusion_pytorch_model")
 
 
-def _task_head(folder: Path, device: torch.device, dtype: torch.dtype) -> TaskHead | None:
+def _task_head(folder: Path, device: torch.device, dtype: torch.dtype, check_finite: bool) -> TaskHead | None:
     path = folder / TASK_HEAD_FILE
-    return TaskHead.from_file(path).to(device, dtype) if path.is_file() else None
+    return TaskHead.from_file(path, check_finite).to(device, dtype) if path.is_file() else None
 
 
 def _time_shift(flux: Path) -> TimeShift:

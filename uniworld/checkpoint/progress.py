@@ -20,6 +20,8 @@ def byte_progress(title: str, num_bytes: int, enabled: bool) -> Iterator[Callabl
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    # Where it cannot be taken back (a file, a pipe), the bar is left as it ends: one line instead of an empty one.
+    with Progress(*columns, console=console, transient=console.is_terminal) as bar:
         task = bar.add_task(title, total=num_bytes)
         yield lambda done: bar.advance(task, done)

@@ -1,6 +1,5 @@
 """The routing head: from the VLM's state of the last "assistant" token to "answer in text" or "draw"."""
 
-import pickle
 from pathlib import Path
 
 import torch
@@ -19,16 +18,17 @@ class TaskHead(nn.Sequential):
         self.eval()
 
     @classmethod
-    def from_file(cls, path: Path) -> "TaskHead":
+    def from_file(cls, path: Path, check_finite: bool = False) -> "TaskHead":
         """Load `task_head_final.pt`; the widths are those of its tensors.
 
         Raises:
-            ValueError: not such a file, or other keys or shapes in it.
+            ValueError: not such a file, other keys or shapes in it, or NaN and infinity with `check_finite`.
         """
         try:
             weights = torch.load(path, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            raise ValueError(f"{path}: no torch file of plain tensors ({str(error).splitlines()[0]})") from None
+        except Exception as error:  # `torch.load` has as many ways to fail as there are broken files
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise ValueError(f"{path}: no torch file of plain tensors ({reason})") from None
         if not isinstance(weights, dict) or set(weights) != set(KEYS):
             found = sorted(weights) if isinstance(weights, dict) else type(weights).__name__
             raise ValueError(f"{path}: holds {found}, must be {list(KEYS)}")
@@ -38,6 +38,8 @@ class TaskHead(nn.Sequential):
         for key, parameter in head.state_dict().items():
             if weights[key].shape != parameter.shape:
                 raise ValueError(f"{path}: {key} is {list(weights[key].shape)}, must be {list(parameter.shape)}")
+            if check_finite and not torch.isfinite(weights[key]).all():
+                raise ValueError(f"{path}: {key} holds NaN or infinite values")
         head.load_state_dict(weights, assign=True)
         return head.requires_grad_(False)
 
