@@ -3,7 +3,7 @@
 import base64
 import binascii
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from PIL import Image
@@ -30,12 +30,14 @@ class ChatReply:
     """The answer to a conversation: text, or a picture with its `result`.
 
     draw_probability: what the task head says of this conversation; None where `mode` decided.
+    timings: seconds by room; of a picture those of its result.
     """
 
     text: str
     images: list[Image.Image]
     result: Result | None = None
     draw_probability: float | None = None
+    timings: dict[str, float] = field(default_factory=dict)
 
 
 def parse_messages(messages: Sequence[dict[str, Any]]) -> Conversation:
@@ -59,6 +61,8 @@ def parse_messages(messages: Sequence[dict[str, Any]]) -> Conversation:
 
 
 def _parse_message(index: int, message: dict[str, Any]) -> Turn:
+    if not isinstance(message, dict):
+        raise ValueError(f"messages[{index}]: must have role and content, got {type(message).__name__}")
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:
         raise ValueError(f"messages[{index}].role={role!r}: must be one of {', '.join(ROLES)}")
@@ -69,16 +73,26 @@ def _parse_message(index: int, message: dict[str, Any]) -> Turn:
     texts, images = [], []
     for part_index, part in enumerate(content):
         where = f"messages[{index}].content[{part_index}]"
-        kind = part.get("type")
+        kind = part.get("type") if isinstance(part, dict) else None
         if kind == "text":
-            texts.append(part["text"])
+            texts.append(_text(f"{where}.text", part.get("text")))
         elif kind == "image_url":
-            images.append(_read_data_url(where, part["image_url"]["url"]))
+            url = part.get("image_url")
+            url = url.get("url") if isinstance(url, dict) else None
+            images.append(_read_data_url(where, _text(f"{where}.image_url.url", url)))
         elif kind == "image":
+            if part.get("image") is None:
+                raise ValueError(f"{where}.image: must be a picture or the path of one")
             images.append(read_image(part["image"]))
         else:
             raise ValueError(f"{where}.type={kind!r}: must be one of text, image_url, image")
     return Turn(role, "\n".join(texts), tuple(images))
+
+
+def _text(where: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{where}={value!r}: must be text")
+    return value
 
 
 def _read_data_url(where: str, url: str) -> Image.Image:

@@ -36,6 +36,15 @@ class Conditioner:
         text = chat_text(request.prompt, len(request.images), request.history, request.system)
         return self.model.processor.encode([text], [all_images(request)])
 
+    def tokenize_negative(self, request: Request) -> VLMInputs | None:
+        """The same of the negative prompt; None without true CFG."""
+        if request.true_cfg_scale == 1:
+            return None
+        try:
+            return self.tokenize(negative_request(request))
+        except ValueError as error:  # it speaks of `prompt`
+            raise ValueError(f"negative_{error}") from None
+
     @torch.inference_mode()
     def read(self, inputs: VLMInputs, keep_cache: bool = False) -> Reading:
         """Run the VLM. `keep_cache` keeps keys and values, so that `answer` can go on from here."""
@@ -46,9 +55,8 @@ class Conditioner:
         """Fill `conditioning` of every job, and `negative` where true CFG is on."""
         for job in batch:
             job.conditioning = self._cached(job.request, job.inputs, job.reading)
-            if job.request.true_cfg_scale > 1:
-                negative = negative_request(job.request)
-                job.negative = self._cached(negative, None, None)
+            if job.negative_inputs is not None:
+                job.negative = self._cached(negative_request(job.request), job.negative_inputs, None)
 
     def draw_probability(self, reading: Reading) -> float:
         """What the task head says of the state of the last "assistant" token: the probability of drawing."""
@@ -108,13 +116,11 @@ class Conditioner:
             pooled=pooled,
         )
 
-    def _cached(self, request: Request, inputs: VLMInputs | None, reading: Reading | None) -> Conditioning:
+    def _cached(self, request: Request, inputs: VLMInputs, reading: Reading | None) -> Conditioning:
         key = conditioning_key(request)
         found = self.cache.get(key)
         if found is None:
-            if reading is None:
-                reading = self.read(self.tokenize(request) if inputs is None else inputs)
-            found = self._condition(request, reading)
+            found = self._condition(request, self.read(inputs) if reading is None else reading)
             self.cache.put(key, found)
         return found
 

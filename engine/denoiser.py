@@ -52,15 +52,16 @@ class Denoiser:
         for i, job in enumerate(batch):
             job.latents = latents[i : i + 1]
 
+    def check_latents(self, latents: Tensor | None, height: int, width: int) -> None:
+        """Raise a ValueError unless `latents` is None or has the packed shape of a picture of this size."""
+        shape = (1, (height // flow.TOKEN_PX) * (width // flow.TOKEN_PX), self.model.config.in_channels)
+        if latents is not None and tuple(latents.shape) != shape:
+            raise ValueError(f"latents: shape {tuple(latents.shape)}, must be {shape} (packed) for this size")
+
     def _initial_latents(self, job: Job) -> Tensor:
-        channels = self.model.config.in_channels
-        shape = (1, (job.height // flow.TOKEN_PX) * (job.width // flow.TOKEN_PX), channels)
-        given = job.request.latents
-        if given is None:
-            return flow.initial_noise(job.seed, job.height, job.width, channels // 4)
-        if tuple(given.shape) != shape:
-            raise ValueError(f"latents: shape {tuple(given.shape)}, must be {shape} (packed) for this size")
-        return given.to("cpu", torch.float32)
+        if job.request.latents is not None:
+            return job.request.latents.to("cpu", torch.float32)
+        return flow.initial_noise(job.seed, job.height, job.width, self.model.config.in_channels // 4)
 
     def _prepare(self, batch: list[Job], sigmas: Tensor) -> list[PreparedPass]:
         """The conditioned pass, and the negative one where true CFG is on."""

@@ -41,6 +41,7 @@ class Engine:
         self.attention = choose_backend(attention, device=model.device, dtype=model.dtype, head_dim=head_dim)
         model.denoiser.attention_backend = self.attention.name
         self.scheduler = Scheduler(max_batch_size)
+        self._unclaimed: dict[int, Result] = {}  # of submitted requests, finished in the batches of a `run`
         self.conditioner = Conditioner(model)
         self.denoiser = Denoiser(model.denoiser, asdict(model.time_shift))
         self.decoder = Decoder(model.vae)
@@ -144,10 +145,14 @@ class Engine:
         probability = self.conditioner.draw_probability(job.reading) if mode == "auto" else None
         if mode == "image" or (probability is not None and probability >= 0.5):
             result = self._finish([job])[job.id]
-            return ChatReply(text="", images=result.images, result=result, draw_probability=probability)
+            return ChatReply(
+                text="", images=result.images, result=result, draw_probability=probability, timings=result.timings
+            )
         sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": job.seed}
-        text = self.conditioner.answer(job.reading, on_text=on_text, **sampling)
-        return ChatReply(text=text, images=[], draw_probability=probability)
+        with self._timed([job], "answer"):
+            text = self.conditioner.answer(job.reading, on_text=on_text, **sampling)
+        job.timings["total"] = sum(job.timings.values())
+        return ChatReply(text=text, images=[], draw_probability=probability, timings=job.timings)
 
     def run(self, requests: Sequence[Request]) -> list[Result]:
         """Answer several requests, batching those of equal shape; results in the order of the requests."""
@@ -158,10 +163,11 @@ class Engine:
                 self.scheduler.add(job)
             while not all(job.id in results for job in jobs):
                 results |= self.step()
-        except BaseException:
-            for job in jobs:  # nothing of a failed call may run in the next one
-                self.scheduler.cancel(job.id)
-            raise
+        finally:
+            own = {job.id for job in jobs}
+            for job_id in own - results.keys():  # nothing of a failed call may run in the next one
+                self.scheduler.cancel(job_id)
+            self._unclaimed = {id: result for id, result in results.items() if id not in own}
         return [results[job.id] for job in jobs]
 
     def submit(self, request: Request) -> int:
@@ -171,9 +177,14 @@ class Engine:
         return job.id
 
     def step(self) -> dict[int, Result]:
-        """Schedule one batch and finish it; {} when nothing waits."""
+        """Schedule one batch and finish it; {} when nothing waits.
+
+        Also gives what a `run` in between finished of the requests that were submitted.
+        """
         batch = self.scheduler.next_batch()
-        return self._finish(batch) if batch else {}
+        finished = self._finish(batch) if batch else {}
+        finished, self._unclaimed = self._unclaimed | finished, {}
+        return finished
 
     def _finish(self, batch: list[Job]) -> dict[int, Result]:
         with self._timed(batch, "condition"):
@@ -190,8 +201,15 @@ class Engine:
             first = request.images[0] if request.images else None
             in_height, in_width = (first.height, first.width) if first else (1, 1)
             height, width = output_size(in_height, in_width, self.model.anchor_px)
-        inputs = self.conditioner.tokenize(request)
-        return Job(request=request, height=height, width=width, seed=draw_seed(request.seed), inputs=inputs)
+        self.denoiser.check_latents(request.latents, height, width)
+        return Job(
+            request=request,
+            height=height,
+            width=width,
+            seed=draw_seed(request.seed),
+            inputs=self.conditioner.tokenize(request),
+            negative_inputs=self.conditioner.tokenize_negative(request),
+        )
 
     def _result(self, job: Job) -> Result:
         job.timings["total"] = sum(job.timings.values())

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from uniworld.models.conditioning import Conditioning
 from uniworld.models.flow import TOKEN_PX
-from uniworld.models.prompts import VLMInputs
+from uniworld.models.prompts import VLMInputs, check_text
+from uniworld.models.vision_processor import MAX_ASPECT_RATIO
 
 MAX_SIDE_PX = 4096
 MAX_STEPS = 1000
@@ -90,6 +91,8 @@ class Request:
     def __post_init__(self):
         if not isinstance(self.prompt, str):
             raise ValueError(f"prompt={self.prompt!r}: must be text")
+        check_text("prompt", self.prompt)
+        check_text("negative_prompt", self.negative_prompt or "")
         if not 1 <= self.num_inference_steps <= MAX_STEPS:
             raise ValueError(f"num_inference_steps={self.num_inference_steps}: must be from 1 to {MAX_STEPS}")
         for name in ("height", "width"):
@@ -98,6 +101,8 @@ class Request:
             raise ValueError(f"height={self.height}, width={self.width}: give both, or neither")
         if len(self.images) > MAX_IMAGES:
             raise ValueError(f"images: {len(self.images)} given, at most {MAX_IMAGES} are allowed")
+        for i, image in enumerate(self.images):
+            check_sides(f"images[{i}]", image)
         if not 0 <= self.guidance_scale <= 100:
             raise ValueError(f"guidance_scale={self.guidance_scale}: must be from 0 to 100")
         if not 1 <= self.true_cfg_scale <= 100:
@@ -116,6 +121,14 @@ def check_side(name: str, value: int | None) -> None:
         raise ValueError(f"{name}={value}: must be a multiple of {TOKEN_PX} from {TOKEN_PX} to {MAX_SIDE_PX}")
 
 
+def check_sides(name: str, image: Image.Image) -> None:
+    """Raise where a picture is too long and thin for the VLM."""
+    if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
+        raise ValueError(
+            f"{name}: {image.width}x{image.height} px, sides may differ at most by a factor of {MAX_ASPECT_RATIO}"
+        )
+
+
 @dataclass(kw_only=True)
 class Job:
     """A request on its way. `height`, `width`, `seed` are the resolved ones."""
@@ -125,6 +138,7 @@ class Job:
     width: int
     seed: int
     inputs: VLMInputs  # conditioner, before queueing: a prompt that is too long is refused there
+    negative_inputs: VLMInputs | None = None  # the same of the negative prompt, with true CFG only
     reading: Any = None  # conditioner, where the VLM's pass was made already (chat): its `Reading`
     id: int = field(default_factory=lambda: next(_ids))
     conditioning: Conditioning | None = None  # conditioner

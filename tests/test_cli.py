@@ -76,10 +76,11 @@ class FakeEngine:
             raise self.fail
         if mode == "image":
             result = self._draw(settings)
-            return SimpleNamespace(text="", images=result.images, result=result)
+            return SimpleNamespace(text="", images=result.images, result=result, timings=result.timings)
         for piece in ("that was ", f"{len(messages)} messages"):
             on_text(piece)
-        return SimpleNamespace(text=f"that was {len(messages)} messages", images=[], result=None)
+        timings = {"condition": 1.5, "answer": 0.5, "total": 2.0}
+        return SimpleNamespace(text=f"that was {len(messages)} messages", images=[], result=None, timings=timings)
 
 
 @pytest.fixture
@@ -160,17 +161,25 @@ def bad_files(tmp_path):
     (tmp_path / "half.png").write_bytes((tmp_path / "whole.png").read_bytes()[:5000])
     (tmp_path / "folder").mkdir()
     Image.new("RGB", (32, 32)).save(tmp_path / "good.png")
+    Image.new("RGB", (2010, 10)).save(tmp_path / "thin.png")
 
 
 BAD = {
     "no command": (["sing"], "No such command 'sing'"),
-    "no prompt": (["edit"], "Missing argument"),
+    "nothing": (["edit"], "Missing argument"),
+    "no prompt": (["edit", "good.png"], "edit [OPTIONS] {IMAGE}... {PROMPT}"),
     "unknown option": (["generate", "a cat", "--colour", "red"], "No such option: --colour"),
     "missing image": (["edit", "none.png", "hat"], "none.png: no such file"),
     "second image missing": (["edit", "good.png", "none.png", "hat"], "none.png: no such file"),
     "text file": (["edit", "text.png", "hat"], "text.png: not an image"),
     "empty file": (["edit", "empty.png", "hat"], "empty.png: the file is empty"),
     "truncated": (["edit", "half.png", "hat"], "half.png: broken image file"),
+    "long and thin": (["edit", "thin.png", "hat"], "images[0]: 2010x10 px, sides may differ at most by a factor"),
+    "reserved token": (["generate", "cat<|im_end|>"], "prompt: must not contain the reserved token <|im_end|>"),
+    "reserved token to avoid": (
+        ["generate", "cat", "--true-cfg", "2", "--negative", "<|im_start|>"],
+        "negative_prompt: must not contain the reserved token <|im_start|>",
+    ),
     "folder as image": (["edit", "folder", "hat"], "folder: is a directory"),
     "steps 0": (["generate", "cat", "--steps", "0"], "--steps 0: must be from 1 to"),
     "steps 100000": (["generate", "cat", "--steps", "100000"], "--steps 100000: must be from 1 to"),
@@ -443,6 +452,15 @@ def test_chat_answers_one_message(run, fake):
     assert [part["type"] for part in messages[0]["content"]] == ["text", "image"]
 
 
+def test_chat_tells_seconds(run, fake):
+    out, err = run("chat", "hello", "-v")[1:]
+    assert out == "that was 1 messages\n"
+    rows = " ".join(err.split())
+    assert all(row in rows for row in ("load 0.250", "condition 1.500", "answer 0.500", "total 2.000"))
+    assert "a step" not in rows
+    assert "denoise, a step 1.000" in " ".join(run("chat", "hat", "--mode", "image", "--steps", 2, "-v")[2].split())
+
+
 def test_chat_remembers(run, fake, monkeypatch, tmp_path):
     speak(monkeypatch, "hello", "", "/mode image", f"/image {CAT}", "a hat", "/mode text", "what is it?")
     code, out, err = run("chat", "--size", "64x64", "--steps", "2")
@@ -508,6 +526,9 @@ def test_convert_passes_its_options_on(run, monkeypatch):
     args = ("convert", "q", "f", "-o", "dir", "--siglip", "s", "--seed", 4, "--overwrite", "--quiet")
     assert run(*args) == (0, "dir\n", "")
     assert calls == [("q", "f", "dir", "s", 4, True, False)]
+    code, out, err = run("convert", "q", "f", "-o", "dir", "-v")
+    assert (code, out) == (0, "dir\n")
+    assert "convert" in err and calls[1:] == [("q", "f", "dir", None, 0, False, True)]
 
 
 def test_env_as_json(run):

@@ -93,11 +93,32 @@ def test_submit_and_step(engine):
     assert engine.step() == {}
 
 
-def test_a_refused_request_leaves_nothing_queued(engine):
-    good, bad = Request(prompt="a", **FAST), Request(prompt="x " * 9000, **FAST)
-    with pytest.raises(ValueError, match="tokens with its images, at most"):
-        engine.run([good, bad])
-    assert len(engine.scheduler) == 0
+def test_run_keeps_what_it_finishes_of_submitted_requests(engine):
+    size = {"num_inference_steps": 1, "height": 64, "width": 64}
+    waiting = engine.submit(Request(prompt="a", seed=1, **size))
+    (result,) = engine.run([Request(prompt="b", seed=2, **size)])
+    assert result.seed == 2
+    claimed = engine.step()
+    assert set(claimed) == {waiting} and claimed[waiting].seed == 1
+    assert engine.step() == {}
+
+
+@pytest.mark.parametrize(
+    "bad, message",
+    [
+        ({"prompt": "x " * 9000}, "^prompt: .* tokens with its images, at most"),
+        ({"negative_prompt": "x " * 9000, "true_cfg_scale": 2.0}, "^negative_prompt: .* tokens with its images"),
+        ({"latents": torch.zeros(1, 3, 64)}, r"latents: shape \(1, 3, 64\), must be \(1, 24, 64\)"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_refused_request_leaves_nothing_queued(engine, bad, message):
+    """It is refused before any request of the call is computed."""
+    steps = []
+    good = Request(prompt="a", on_step=steps.append, **FAST)
+    with pytest.raises(ValueError, match=message):
+        engine.run([good, Request(**{"prompt": "b", **FAST, **bad})])
+    assert len(engine.scheduler) == 0 and steps == []
 
 
 def test_on_step_reports_and_cancels(engine):
@@ -165,6 +186,9 @@ def test_task_head_decides_and_mode_overrides(engine):
     assert text.images == [] and text.text == "".join(pieces) and text.text
     image = engine.chat(messages, mode="image", **FAST)
     assert image.images and image.text == ""
+    assert set(image.timings) == {"condition", "denoise", "decode", "total"}
+    assert set(text.timings) == {"condition", "answer", "total"}
+    assert text.timings["total"] == pytest.approx(text.timings["condition"] + text.timings["answer"])
 
 
 def test_chat_with_history_and_pictures(engine):
@@ -213,6 +237,8 @@ def test_given_latents_replace_the_seed(engine):
         ({"true_cfg_scale": 0.5}, "true_cfg_scale=0.5"),
         ({"negative_prompt": "x"}, "negative_prompt: only has an effect"),
         ({"seed": -1}, "seed=-1"),
+        ({"negative_prompt": "<|im_end|>", "true_cfg_scale": 2}, "negative_prompt: must not contain the reserved"),
+        ({"images": [Image.new("RGB", (10, 2010))]}, r"images\[0\]: 10x2010 px, sides may differ"),
     ],
 )
 def test_bad_settings_are_named(engine, settings, message):
@@ -228,6 +254,11 @@ def test_bad_settings_are_named(engine, settings, message):
         ([{"role": "tool", "content": "x"}], r"messages\[0\].role='tool'"),
         ([{"role": "user", "content": 3}], "must be text or a list of parts"),
         ([{"role": "user", "content": [{"type": "audio"}]}], r"content\[0\].type='audio'"),
+        (["hello"], r"messages\[0\]: must have role and content, got str"),
+        ([{"role": "user", "content": ["hello"]}], r"content\[0\].type=None"),
+        ([{"role": "user", "content": [{"type": "text"}]}], r"content\[0\].text=None: must be text"),
+        ([{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}], r"image_url.url=None: must be text"),
+        ([{"role": "user", "content": [{"type": "image"}]}], r"content\[0\].image: must be a picture"),
         ([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x/y.png"}}]}], "data:image"),
         ([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,@"}}]}],
          "not base64"),

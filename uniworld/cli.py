@@ -172,6 +172,7 @@ def convert(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the connectors' first weights.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder where it exists.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show the seconds it took.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
 ) -> None:
     """Make the checkpoint that training starts from: Qwen2.5-VL, FLUX and fresh connectors.
@@ -180,7 +181,8 @@ def convert(
     """
     from uniworld import cli_draw
 
-    cli_draw.convert(qwen, flux, siglip, output, seed, overwrite, quiet)
+    report = ReportOptions(verbose=verbose, quiet=quiet)
+    cli_draw.convert(qwen, flux, output, siglip=siglip, seed=seed, overwrite=overwrite, report=report)
 
 
 @app.command("check-data")
@@ -376,7 +378,9 @@ def _complain(error: Exception) -> int:
     """Print one line about `error`; the exit code is 2 for what the user can mend, 1 for our own bugs."""
     usage = getattr(error, "format_message", None)  # the exceptions of typer's option parser
     if usage is not None:
-        print(f"error: {_one_line(usage())}", file=sys.stderr)
+        # Which of several arguments is missing, the parser can only guess: show all of them.
+        shown = f" {error.ctx.get_usage()}" if "Missing argument" in usage() and error.ctx else ""
+        print(f"error: {_one_line(usage() + shown)}", file=sys.stderr)
         return EXIT_USER_ERROR
     if isinstance(error, ValueError | OSError):
         print(f"error: {_one_line(str(error))}", file=sys.stderr)

@@ -66,8 +66,10 @@ def chat(
     with plain_warnings(console):
         images = [read_image(path) for path in paths]
         check_request(message or "", images, settings)
-        engine, _ = load_engine(load, drawing.t5, report)
+        engine, load_s = load_engine(load, drawing.t5, report)
         note_random_weights(engine, CHAT_NOTE)
+        if report.verbose:
+            print_timings(console, {"load": load_s})
         talk = Talk(
             engine=engine, folder=folder, text=text, mode=text.mode, settings=settings, report=report, images=images
         )
@@ -174,8 +176,8 @@ class Talk:
             print(save_picture(image, self.folder), flush=True)
         if reply.result is not None:
             print_drawn(console, reply.result)
-            if self.report.verbose:
-                print_timings(console, reply.result.timings, reply.result.num_inference_steps)
+        if self.report.verbose:
+            print_timings(console, reply.timings, reply.result and reply.result.num_inference_steps)
         return reply
 
 

@@ -235,13 +235,14 @@ def print_drawn(console: Console, result: "Result") -> None:
     console.print(f"{result.width}x{result.height} px, {steps}, seed {result.seed}, {seconds:.1f} s")
 
 
-def print_timings(console: Console, timings: dict[str, float], num_inference_steps: int) -> None:
-    """A table of seconds by room; loading is not part of the total."""
+def print_timings(console: Console, timings: dict[str, float], num_inference_steps: int | None = None) -> None:
+    """A table of seconds by room; loading is not part of the total. Text answers have no steps."""
     table = Table("room", "seconds", box=None, pad_edge=False)
     table.columns[1].justify = "right"
     for room, seconds in timings.items():
         table.add_row(room, f"{seconds:.3f}")
-    table.add_row("denoise, a step", f"{timings['denoise'] / num_inference_steps:.3f}")
+    if num_inference_steps is not None:
+        table.add_row("denoise, a step", f"{timings['denoise'] / num_inference_steps:.3f}")
     console.print(table)
 
 
@@ -251,10 +252,15 @@ def free_name(stem: str) -> Path:
     return next(path for path in map(Path, names) if not path.exists())
 
 
-def convert(qwen: str, flux: str, siglip: str | None, output: Path, seed: int, overwrite: bool, quiet: bool) -> None:
+def convert(
+    qwen: str, flux: str, output: Path, *, siglip: str | None, seed: int, overwrite: bool, report: ReportOptions
+) -> None:
     """Make a starting checkpoint and print its folder."""
     from uniworld.checkpoint.convert import convert as convert_checkpoint
 
     silence_libraries()
-    convert_checkpoint(qwen, flux, output, siglip=siglip, seed=seed, overwrite=overwrite, progress=not quiet)
+    start = time.perf_counter()
+    convert_checkpoint(qwen, flux, output, siglip=siglip, seed=seed, overwrite=overwrite, progress=not report.quiet)
+    if report.verbose:
+        print_timings(stderr_console(report), {"convert": time.perf_counter() - start})
     print(output, flush=True)
