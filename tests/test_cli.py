@@ -474,6 +474,13 @@ def test_chat_remembers(run, fake, monkeypatch, tmp_path):
     assert [part["type"] for part in messages[4]["content"]] == ["text"]
 
 
+def test_chat_without_standard_input_is_refused(run, fake, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    assert_refused(run("chat"), "standard input is closed")
+    assert fake.loads == []
+    assert run("chat", "hello")[0] == 0
+
+
 def test_chat_goes_on_after_mistakes(run, fake, monkeypatch):
     speak(monkeypatch, "/image none.png", "/mode song", "/sing", "hello", "/new", "hello", "/quit", "unheard")
     code, out, err = run("chat")

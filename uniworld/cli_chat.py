@@ -60,6 +60,8 @@ def chat(
 ) -> None:
     from uniworld.models.images import read_image
 
+    if message is None and sys.stdin is None:
+        raise ValueError("standard input is closed, so there is nobody to talk to; give a MESSAGE")
     check_folder(folder)
     settings = drawing.settings()
     console = stderr_console(report)
