@@ -200,6 +200,7 @@ BAD = {
     "chat image": (["chat", "hi", "--image", "none.png"], "none.png: no such file"),
     "chat mode": (["chat", "hi", "--mode", "song"], "'song' is not one of 'auto', 'image', 'text'"),
     "chat output": (["chat", "hi", "-o", "good.png"], "good.png is a file, must be a folder"),
+    "chat output in /proc": (["chat", "hi", "-o", "/proc/mine"], "--output /proc/mine: /proc cannot be written to"),
 }
 
 

@@ -1,7 +1,6 @@
 """What `chat` does: one message answered once, or a conversation at the prompt."""
 
 import itertools
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -83,11 +82,15 @@ def chat(
 
 def check_folder(folder: Path) -> None:
     """Raise a ValueError unless pictures can be written into `folder`, which need not exist yet."""
+    from uniworld.models.images import check_writable
+
     existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     if not existing.is_dir():
         raise ValueError(f"--output {folder}: {existing} is a file, must be a folder")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise ValueError(f"--output {folder}: {existing} cannot be written to")
+    try:
+        check_writable(existing / "picture.png")
+    except ValueError as error:
+        raise ValueError(f"--output {folder}: {existing} cannot be written to") from error
 
 
 @dataclass(kw_only=True)
