@@ -12,9 +12,10 @@ def byte_progress(title: str, num_bytes: int, enabled: bool) -> Iterator[Callabl
         return
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.table import Column
 
     columns = (
-        TextColumn("{task.description}", markup=False),
+        TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, max_width=36)),
         BarColumn(),
         DownloadColumn(),
         TransferSpeedColumn(),
