@@ -9,6 +9,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
+from numbers import Integral
 from typing import Any, TypedDict
 
 from PIL import Image
@@ -93,6 +94,10 @@ class Request:
             raise ValueError(f"prompt={self.prompt!r}: must be text")
         check_text("prompt", self.prompt)
         check_text("negative_prompt", self.negative_prompt or "")
+        for name in ("num_inference_steps", "height", "width", "seed"):
+            value = getattr(self, name)
+            if not isinstance(value, Integral) and (value is not None or name == "num_inference_steps"):
+                raise ValueError(f"{name}={value!r}: must be a whole number")
         if not 1 <= self.num_inference_steps <= MAX_STEPS:
             raise ValueError(f"num_inference_steps={self.num_inference_steps}: must be from 1 to {MAX_STEPS}")
         for name in ("height", "width"):
@@ -102,7 +107,7 @@ class Request:
         if len(self.images) > MAX_IMAGES:
             raise ValueError(f"images: {len(self.images)} given, at most {MAX_IMAGES} are allowed")
         for i, image in enumerate(self.images):
-            check_sides(f"images[{i}]", image)
+            check_image(f"images[{i}]", image)
         if not 0 <= self.guidance_scale <= 100:
             raise ValueError(f"guidance_scale={self.guidance_scale}: must be from 0 to 100")
         if not 1 <= self.true_cfg_scale <= 100:
@@ -121,8 +126,10 @@ def check_side(name: str, value: int | None) -> None:
         raise ValueError(f"{name}={value}: must be a multiple of {TOKEN_PX} from {TOKEN_PX} to {MAX_SIDE_PX}")
 
 
-def check_sides(name: str, image: Image.Image) -> None:
-    """Raise where a picture is too long and thin for the VLM."""
+def check_image(name: str, image: Image.Image) -> None:
+    """Raise unless `image` is a picture, and not too long and thin for the VLM."""
+    if not isinstance(image, Image.Image):
+        raise ValueError(f"{name}: must be a PIL image, got {type(image).__name__}; `read_image` opens files")
     if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
         raise ValueError(
             f"{name}: {image.width}x{image.height} px, sides may differ at most by a factor of {MAX_ASPECT_RATIO}"
