@@ -13,6 +13,7 @@ from uniworld.cli_options import (
     DrawOptions,
     LoadOptions,
     OutputFile,
+    Overrides,
     ReportOptions,
     with_options,
 )
@@ -228,9 +229,7 @@ def check_data(
 @app.command()
 def train(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file; see `configs/`.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that replace those of the file.")
-    ] = None,
+    overrides: Overrides = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
 ) -> int:
     """Train, or go on with a run that stopped; alone, under `torchrun` or under the `deepspeed` launcher.
@@ -249,9 +248,7 @@ def train(
 @app.command()
 def precompute(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="The YAML file that training will use.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that replace those of the file.")
-    ] = None,
+    overrides: Overrides = None,
     *,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="The cache folder to fill.")],
     samples_per_shard: Annotated[
@@ -274,9 +271,7 @@ def precompute(
 @app.command()
 def plan(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file; see `configs/`.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that replace those of the file.")
-    ] = None,
+    overrides: Overrides = None,
     *,
     gpus: Annotated[int, typer.Option("--gpus", min=1, metavar="N", help="GPUs in all.")] = 1,
     gpu_memory: Annotated[float, typer.Option("--gpu-memory", min=1, metavar="GIB", help="Of each GPU.")] = 80,

@@ -149,6 +149,10 @@ OutputFile = Annotated[
     ),
 ]
 
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that replace those of the file.")
+]
+
 
 def parse_size(text: str) -> tuple[int | None, int | None]:
     """`1024x768` -> (1024, 768), width first; `auto` -> (None, None).
