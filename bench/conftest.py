@@ -22,6 +22,19 @@ def pytest_collection_modifyitems(items):
         item.add_marker(pytest.mark.benchmark(timer=CLOCK, disable_gc=False))
 
 
+def pytest_sessionfinish(session, exitstatus):
+    session.config.exit_code = int(exitstatus)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure(config):
+    """Where a bench has trained, leave as the trainer does: the threads of its process group may abort else."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        from uniworld.train.sharding import exit_process
+
+        exit_process(config.exit_code)
+
+
 @pytest.fixture
 def report(request, benchmark):
     """`report(bench, case, side, dtype, samples, **more)`: show a measurement, and keep it as a row where asked.

@@ -1,6 +1,7 @@
-"""UniWorld-V1 at its full size, or at the size of `tiny` for a dry run, with random weights drawn on the device."""
+"""UniWorld-V1 with random weights drawn on the device: at its full size, small for a CPU, or `tiny` for a dry run."""
 
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,33 +69,81 @@ CLIP = {
 }
 VAE = {"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "norm_num_groups": 32, "sample_size": 1024}
 
+# What a part's config changes of the one of `tiny`.
+Size = Mapping[str, Mapping[str, Any]]
+TINY_SIZE: Size = {}
+FULL_SIZE: Size = {
+    "vision": VISION,
+    "qwen": QWEN,
+    "denoiser": DENOISER,
+    "siglip": SIGLIP,
+    "t5": T5,
+    "clip": CLIP,
+    "vae": VAE,
+}
+# A DiT of 280 M parameters beside a VLM of 190 M (the widths of Qwen2.5-0.5B): the proportions of the full size.
+SMALL_SIZE: Size = {
+    "vision": {
+        "depth": 8,
+        "fullatt_block_indexes": [1, 3, 5, 7],
+        "hidden_size": 320,
+        "intermediate_size": 856,
+        "num_heads": 4,
+        "out_hidden_size": 896,
+    },
+    "qwen": {
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "max_window_layers": 12,
+        "num_attention_heads": 14,
+        "num_hidden_layers": 12,
+        "num_key_value_heads": 2,
+        "rope_scaling": {"mrope_section": [8, 12, 12], "rope_type": "default", "type": "default"},
+    },
+    "denoiser": {
+        "attention_head_dim": 128,
+        "axes_dims_rope": [16, 56, 56],
+        "joint_attention_dim": 1024,
+        "num_attention_heads": 8,
+        "num_layers": 4,
+        "num_single_layers": 8,
+    },
+    "siglip": {
+        "hidden_size": 384,
+        "image_size": 256,
+        "intermediate_size": 1536,
+        "num_attention_heads": 6,
+        "num_hidden_layers": 8,
+    },
+    "vae": {"block_out_channels": [32, 64, 128, 128], "layers_per_block": 2, "norm_num_groups": 32},
+}
 
-def denoiser_config(full: bool) -> FluxConfig:
-    return FluxConfig.from_dict(tiny_configs.DENOISER | (DENOISER if full else {}))
+
+def denoiser_config(size: Size) -> FluxConfig:
+    return FluxConfig.from_dict(tiny_configs.DENOISER | dict(size.get("denoiser", {})))
 
 
-def random_uniworld(full: bool, device: str, dtype: torch.dtype) -> UniWorld:
+def random_uniworld(size: Size, device: str, dtype: torch.dtype, *, use_t5: bool = True) -> UniWorld:
     """Every part with random weights on `device`; the tokenizers are those of `tiny`, which know few merges."""
-    changed = (lambda config, changes: config | changes) if full else (lambda config, changes: config)
+
+    def changed(config: dict[str, Any], part: str) -> dict[str, Any]:
+        return config | dict(size.get(part, {}))
+
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         ids, clip_ids, t5_ids = write_tokenizers(folder)
         tokenizers = read_tokenizers(folder)
-    qwen = changed(tiny_configs.qwen_config(ids), QWEN)
-    qwen["vision_config"] = changed(tiny_configs.VISION, VISION)
-    config = univa_config(qwen, changed(tiny_configs.DENOISER, DENOISER), ids)
-    siglip = changed(tiny_configs.SIGLIP, SIGLIP)
-    size = {"height": siglip["image_size"], "width": siglip["image_size"]}
+    qwen = changed(tiny_configs.qwen_config(ids), "qwen")
+    qwen["vision_config"] = changed(tiny_configs.VISION, "vision")
+    config = univa_config(qwen, changed(tiny_configs.DENOISER, "denoiser"), ids)
+    siglip = changed(tiny_configs.SIGLIP, "siglip")
+    pixels = {"height": siglip["image_size"], "width": siglip["image_size"]}
     with parameters_on_meta():
         parts = build_univa(config, fresh_connector_shapes(config, siglip["hidden_size"]))
-        semantic = SemanticEncoder.from_config(siglip, tiny_configs.SIGLIP_PREPROCESSOR | {"size": size})
-        text = TextEncoders.from_config(
-            changed(tiny_configs.clip_config(clip_ids), CLIP),
-            tokenizers["clip"],
-            changed(tiny_configs.t5_config(t5_ids), T5),
-            tokenizers["t5"],
-        )
-        vae = ImageAutoencoder.from_config(changed(tiny_configs.VAE, VAE))
+        semantic = SemanticEncoder.from_config(siglip, tiny_configs.SIGLIP_PREPROCESSOR | {"size": pixels})
+        t5 = (changed(tiny_configs.t5_config(t5_ids), "t5"), tokenizers["t5"]) if use_t5 else ()
+        text = TextEncoders.from_config(changed(tiny_configs.clip_config(clip_ids), "clip"), tokenizers["clip"], *t5)
+        vae = ImageAutoencoder.from_config(changed(tiny_configs.VAE, "vae"))
     for index, module in enumerate((*parts.values(), semantic, text, vae)):
         materialise(module, device, dtype)
         fill_random(module, seed=index)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from full_model import denoiser_config, random_uniworld
+from full_model import FULL_SIZE, TINY_SIZE, denoiser_config, random_uniworld
 from peers import MISSING, diffusers_flux, random_flux, relative_error, run_diffusers, same_attention
 from PIL import Image
 from timing import Call, Samples, interleave
@@ -24,6 +24,7 @@ from uniworld.models.flux import FluxTransformer
 
 CUDA = torch.cuda.is_available()
 FULL = os.environ.get("UNIWORLD_BENCH_SIZE", "full") != "tiny"
+SIZE = FULL_SIZE if FULL else TINY_SIZE
 DEVICE, DTYPE = ("cuda" if CUDA else "cpu"), (torch.bfloat16 if CUDA else torch.float32)
 BENCH = "full_scale" if FULL else "full_scale_dry_run"
 HAS_DIFFUSERS = importlib.util.find_spec("diffusers") is not None
@@ -104,7 +105,7 @@ def steps() -> dict:
     """(samples, peak GiB, error) of every case and side, or the exception that a side raised."""
     truths = fp32_truths() if HAS_DIFFUSERS else {}
     free()
-    ours = random_flux(denoiser_config(FULL), DTYPE, DEVICE)
+    ours = random_flux(denoiser_config(SIZE), DTYPE, DEVICE)
     models = peer_models(ours)
     results = {}
     for case in CASES:
@@ -141,7 +142,7 @@ def peer_models(ours: FluxTransformer) -> dict:
 
 def fp32_truths() -> dict[Case, torch.Tensor]:
     """diffusers' predictions in fp32, from the same bf16 values of the weights."""
-    model = random_flux(denoiser_config(FULL), torch.float32, DEVICE)
+    model = random_flux(denoiser_config(SIZE), torch.float32, DEVICE)
     peer = diffusers_flux(model, DEVICE)
     with torch.inference_mode():
         return {case: run_diffusers(peer, **step_inputs(case, model, torch.float32)).cpu() for case in CASES}
@@ -230,7 +231,7 @@ def requests() -> dict:
     """(samples, peak GiB, seconds by room, error) of every whole request and side, or the exception raised."""
     from original import OriginalPipeline
 
-    model = random_uniworld(FULL, DEVICE, DTYPE)
+    model = random_uniworld(SIZE, DEVICE, DTYPE)
     engine = Engine(model)
     peers = {side: OriginalPipeline(model, peer) for side, peer in peer_models(model.denoiser).items()}
     noise = torch.randint(0, 256, (512, 512, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))

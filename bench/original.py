@@ -5,11 +5,13 @@ projection and modulation in every step, its scheduler, its VAE. Pictures and wo
 ours, and all weights are shared, so what differs is how the model is run.
 """
 
+from collections.abc import Iterable, Sequence
+
 import numpy as np
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from uniworld.models import flow
 from uniworld.models.prompts import VLMInputs, chat_text
@@ -69,42 +71,21 @@ class OriginalPipeline:
             latents = self.scheduler.step(velocity, t, latents, return_dict=False)[0]
         return latents, self._decode(latents, height, width)
 
-    def _states(self, inputs: VLMInputs) -> Tensor:
-        model, device = self.model.vlm.model, self.model.device
-        images = {}
-        if inputs.pixel_values is not None:
-            images["pixel_values"] = inputs.pixel_values.to(device, self.model.dtype)
-            images["image_grid_thw"] = inputs.image_grid_thw.to(device)
-        merge = self.model.vlm.merge_size
-        positions, _ = rope_index(inputs.mm_token_type_ids, inputs.attention_mask, inputs.image_grid_thw, merge)
-        output = model.model(
-            input_ids=inputs.input_ids.to(device),
-            attention_mask=inputs.attention_mask.to(device),
-            mm_token_type_ids=inputs.mm_token_type_ids.to(device),
-            position_ids=positions.to(device),
-            use_cache=False,
-            **images,
-        )
-        return output.last_hidden_state
-
     def _route(self, inputs: VLMInputs) -> Tensor:
         """The first VLM pass, whose only use is the task head."""
-        state = self._states(inputs)[0, inputs.assistant_positions[0]]
+        state = vlm_states(self.model, inputs)[0, inputs.assistant_positions[0]]
         head = self.model.task_head
         return state if head is None else head.draw_probability(state)
 
     def _text_sequence(self, inputs: VLMInputs, images: list[Image.Image], prompt: str) -> Tensor:
         """The second VLM pass, projected, with each image's semantic tokens before its end, and T5's behind."""
         model = self.model
-        txt = _plain(model.denoise_projector, self._states(inputs))[0]
-        parts, start = [], 0
+        txt = plain(model.denoise_projector, vlm_states(model, inputs))[0]
+        semantic = ()
         if images:
             encoder = model.semantic_encoder
-            semantic = _plain(model.siglip_projector, encoder(encoder.preprocess(images)).to(model.dtype))
-            for tokens, end in zip(semantic, inputs.image_end_positions[0]):
-                parts += [txt[start:end], tokens]
-                start = end
-        parts.append(txt[start:])
+            semantic = plain(model.siglip_projector, encoder(encoder.preprocess(images)).to(model.dtype))
+        parts = [insert_semantic(txt, semantic, inputs.image_end_positions[0])]
         if model.text_encoders.has_t5:
             parts.append(model.text_encoders.t5_states([prompt])[0].to(model.dtype))
         return torch.cat(parts)[None]
@@ -117,7 +98,36 @@ class OriginalPipeline:
         return Image.fromarray((levels * 255).round().astype("uint8"))
 
 
-def _plain(connector, states: Tensor) -> Tensor:
+def vlm_states(model: UniWorld, inputs: VLMInputs) -> Tensor:
+    """The VLM's last hidden state, [B, L, D], called as transformers' documentation has it."""
+    vlm, device = model.vlm.model, model.device
+    images = {}
+    if inputs.pixel_values is not None:
+        images["pixel_values"] = inputs.pixel_values.to(device, model.dtype)
+        images["image_grid_thw"] = inputs.image_grid_thw.to(device)
+    merge = model.vlm.merge_size
+    positions, _ = rope_index(inputs.mm_token_type_ids, inputs.attention_mask, inputs.image_grid_thw, merge)
+    output = vlm.model(
+        input_ids=inputs.input_ids.to(device),
+        attention_mask=inputs.attention_mask.to(device),
+        mm_token_type_ids=inputs.mm_token_type_ids.to(device),
+        position_ids=positions.to(device),
+        use_cache=False,
+        **images,
+    )
+    return output.last_hidden_state
+
+
+def insert_semantic(txt: Tensor, semantic: Sequence[Tensor], image_ends: Sequence[int]) -> Tensor:
+    """The text sequence [L, D] with each image's semantic tokens [T, D] before the image's end."""
+    parts, start = [], 0
+    for tokens, end in zip(semantic, image_ends):
+        parts += [txt[start:end], tokens]
+        start = end
+    return torch.cat([*parts, txt[start:]])
+
+
+def plain(connector: Iterable[nn.Module], states: Tensor) -> Tensor:
     """The connector's own layers one after the other, without the fused op."""
     for layer in connector:
         states = layer(states)

@@ -1,0 +1,269 @@
+"""One training step of stage 1 and of stage 2, as `uniworld train` runs it, against the same step written plainly.
+
+Ours are the trainer's own pieces with the settings of `configs/`: encoders, loss, DeepSpeed engine, fused AdamW and
+sharded EMA. The peer (`original_training.py`) computes the same on diffusers, transformers and torch, eager, as the
+authors' trainer does. Both start from the same weights; losses and gradients are compared before anything is timed.
+
+On a CPU a model of SMALL_SIZE, on a GPU the full size; `UNIWORLD_BENCH_SIZE=tiny` is a dry run on either.
+"""
+
+import functools
+import gc
+import itertools
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from full_model import FULL_SIZE, SMALL_SIZE, TINY_SIZE, random_uniworld
+from peers import MISSING, diffusers_flux, same_attention, split_qkv
+from PIL import Image
+from timing import Samples, interleave
+from torch import Tensor
+
+pytest.importorskip("diffusers", reason=MISSING)
+pytest.importorskip("deepspeed", reason="deepspeed is not installed")
+
+from original_training import OriginalTraining
+
+from uniworld.config import TrainConfig, load_config
+from uniworld.data.batch import TrainBatch
+from uniworld.models.prompts import training_pieces
+from uniworld.models.unified import UniWorld
+from uniworld.train import build
+from uniworld.train.encode import Encoders
+from uniworld.train.flops import sample_tokens
+from uniworld.train.model import EncodedBatch
+from uniworld.train.optim import learning_rate
+from uniworld.train.stages import inserts_siglip
+from uniworld.train.step import rank_generator
+from uniworld.train.trainer import Trainer, _Window
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+DRY_RUN = os.environ.get("UNIWORLD_BENCH_SIZE") == "tiny"
+SIZE = TINY_SIZE if DRY_RUN else FULL_SIZE if CUDA else SMALL_SIZE
+SIDE_PX = 128 if DRY_RUN else 512
+BENCH = "train_step_dry_run" if DRY_RUN else "train_step"
+ROUNDS = 3 if DRY_RUN else 9
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+WORDS = "Make it look like a watercolour painting of a quiet harbour in the evening, with warm light on the water"
+OURS, PRECOMPUTED = "ours", "ours, precomputed states"
+PLAIN, PLAIN_TRAINED_EMA = "plain", "plain, EMA of the trained alone"
+SIDES = (OURS, PRECOMPUTED, PLAIN, PLAIN_TRAINED_EMA)
+STAGES = ("stage1", "stage2")
+DTYPES = (torch.float32,) if DRY_RUN else (torch.bfloat16,)
+BOUNDS = {
+    torch.float32: {"loss_difference": 1e-4, "norm_difference": 1e-3, "gradient_error": 1e-3},
+    torch.bfloat16: {"loss_difference": 1e-2, "norm_difference": 5e-2, "gradient_error": 0.1},
+}
+EDITED_SHARE, EDITED_WEIGHT = 4, 3.0  # a quarter of the picture is edited: log2(4) + 1
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("stage", STAGES)
+def test_train_step(stage, dtype, side, report):
+    measured = measure(stage, dtype)
+    if side not in measured.samples:
+        pytest.skip(f"{side}: {measured.failed[side]}")
+    for name, bound in BOUNDS[dtype].items():
+        assert measured.agreement.get(name, 0.0) < bound, (name, measured.agreement)
+    samples = measured.samples[side]
+    more = {"images_per_s": 1 / samples.median, "peak_gib": measured.peaks_gib.get(side)}
+    if PLAIN in measured.samples:
+        more["times_faster"] = measured.samples[PLAIN].median / samples.median
+    more |= {"interleaved": measured.together, **measured.counts}
+    if side.startswith("ours"):
+        more |= measured.agreement
+    report(BENCH, f"{stage}, {SIDE_PX} px", side, dtype, samples, **more)
+
+
+def train_config(stage: str, dtype: torch.dtype, overrides: Sequence[str] = ()) -> TrainConfig:
+    """The stage's own config at 512 px, whose weights and data are not read from anywhere."""
+    nowhere = [f"model.{name}=null" for name in ("flux", "siglip", "connectors")]
+    name = "bf16" if dtype == torch.bfloat16 else "fp32"
+    changes = [*nowhere, "model.path=tiny", f"sharding.dtype={name}", f"data.anchor_px={SIDE_PX**2}"]
+    return load_config(CONFIGS / f"{stage}_512.yaml", [*changes, *overrides])
+
+
+def make_batch(model: UniWorld, config: TrainConfig) -> TrainBatch:
+    """One edit of one picture, a quarter of which changes; what the loader would hand over, made once."""
+    side = SIDE_PX - SIDE_PX % 28 if DRY_RUN else int(config.data.vlm_max_px**0.5)
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(256, (side, side, 3), dtype=torch.uint8, generator=generator)
+    picture = Image.fromarray(pixels.numpy())
+    turns = [{"from": "human", "value": f"<image>{WORDS}"}, {"from": "gpt", "value": "<gen_image>"}]
+    region_weight = torch.ones(1, 1, SIDE_PX // 8, SIDE_PX // 8)
+    region_weight[..., : SIDE_PX // 16, : SIDE_PX // 16] = EDITED_WEIGHT
+    return TrainBatch(
+        inputs=model.processor.encode([training_pieces(turns)], [[picture]]),
+        siglip_pixels=model.semantic_encoder.preprocess([picture]) if inserts_siglip(config.stage) else None,
+        instructions=(WORDS,),
+        target=torch.rand(1, 3, SIDE_PX, SIDE_PX, generator=generator) * 2 - 1,
+        region_weight=region_weight,
+        sample_ids=("random",),
+    )
+
+
+class Ours:
+    """A trainer on given parts and one batch: its own step, from the samples or from their encoder states."""
+
+    def __init__(self, model: UniWorld, config: TrainConfig, batch: TrainBatch):
+        encoders = Encoders(model, use_siglip=inserts_siglip(config.stage), use_t5=config.model.use_t5)
+        self.batch, self.encoded = batch, encoders.encode(batch).to(torch.device("cpu"), model.dtype)
+
+        def encode(given: TrainBatch | EncodedBatch) -> EncodedBatch:
+            if isinstance(given, EncodedBatch):
+                return given.to(model.device, model.dtype)
+            return encoders.encode(given)
+
+        batches = build.Batches(itertools.repeat(batch), encode, lambda: 0)
+        self.trainer = Trainer(config, quiet=True)
+        with mock.patch.multiple(build, load_parts=lambda *_: model, open_batches=lambda *_: batches):
+            self.trainer._build()
+
+    def step(self, batch: TrainBatch | EncodedBatch) -> float:
+        """The loss of one step of the trainer's loop."""
+        window = _Window(self.trainer.world.device)
+        self.report = self.trainer._train_step([batch], window)
+        self.loss = window.sums()[0]
+        return self.loss
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """Master weights, first moments and average, under diffusers' names."""
+        sharded, ema = self.trainer.sharded, self.trainer.ema
+        moments, states = {}, sharded.optimizer_states()
+        for name, _, numel, partition, position in sharded.layout():
+            moments[name] = states[partition]["exp_avg"].view(-1)[position : position + numel]
+        flat = {
+            "weights": {piece.name: piece.tensor for piece in sharded.slices()},
+            "moments": moments,
+            "ema": {piece.name: piece.tensor for piece in ema.slices()},
+        }
+        shaped = {key: {n: t.view(sharded.shapes[n]) for n, t in tensors.items()} for key, tensors in flat.items()}
+        return {key: split_qkv(tensors) for key, tensors in shaped.items()}
+
+
+class Plain:
+    """The authors' step on the same parts and batch."""
+
+    def __init__(self, model: UniWorld, config: TrainConfig, batch: TrainBatch, *, ema_of_frozen: bool):
+        transformer = diffusers_flux(model.denoiser, DEVICE)
+        self.training = OriginalTraining(model, transformer, config, ema_of_frozen=ema_of_frozen)
+        self.config, self.batch, self.num_steps = config, batch, 0
+        self.generator = rank_generator(config.seed, 0)
+
+    def step(self, ema_of_frozen: bool) -> float:
+        self.num_steps += 1
+        lr = learning_rate(self.config, self.num_steps)
+        with same_attention(DEVICE):
+            self.loss = self.training.step(self.batch, lr, self.generator, ema_of_frozen=ema_of_frozen)
+        return self.loss
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """As `Ours.state`."""
+        training = self.training
+        moments = {name: training.optimizer.state[master]["exp_avg"] for name, master in training.masters.items()}
+        ema = {name: training.ema[name] for name in training.trained}
+        return {"weights": training.masters, "moments": moments, "ema": ema}
+
+
+def distance(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """||found - expected|| / ||expected|| over all tensors together."""
+    assert found.keys() == expected.keys()
+    squares = [(float((found[n] - e).square().sum()), float(e.square().sum())) for n, e in expected.items()]
+    return math.sqrt(sum(d for d, _ in squares) / sum(e for _, e in squares))
+
+
+def agreement(ours: "Ours", plain: "Plain") -> dict[str, float]:
+    """How far apart both lie after one step. The first moments then are the clipped gradients, times 1 - beta1."""
+    return {
+        "loss_difference": abs(ours.loss / plain.loss - 1),
+        "norm_difference": abs(ours.report.grad_norm / float(plain.training.grad_norm) - 1),
+        "gradient_error": distance(ours.state()["moments"], plain.state()["moments"]),
+    }
+
+
+@dataclass
+class Measured:
+    """Of one stage and dtype: samples of the sides that fit into memory, why others did not run, and the rest."""
+
+    together: bool
+    samples: dict[str, Samples] = field(default_factory=dict)
+    peaks_gib: dict[str, float] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+    agreement: dict[str, float] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+
+
+@functools.cache
+def measure(stage: str, dtype: torch.dtype) -> Measured:
+    """All sides in turn, or one after the other where the GPU does not hold all of them at once."""
+    measured = Measured(together=True)
+    try:
+        run_sides(SIDES, stage, dtype, measured)
+        return measured
+    except torch.OutOfMemoryError:
+        measured = Measured(together=False)
+    free()
+    for sides in ((OURS, PRECOMPUTED), (PLAIN,), (PLAIN_TRAINED_EMA,)):
+        try:
+            run_sides(sides, stage, dtype, measured)
+        except torch.OutOfMemoryError as error:  # without its traceback, which would keep the models
+            measured.failed |= dict.fromkeys(sides, str(error).splitlines()[0])
+        free()
+    return measured
+
+
+def run_sides(sides: Sequence[str], stage: str, dtype: torch.dtype, measured: Measured) -> None:
+    """Build what `sides` need on one set of weights, compare the first steps, and time the following ones."""
+    config = train_config(stage, dtype)
+    model = random_uniworld(SIZE, DEVICE, dtype, use_t5=False)
+    batch = make_batch(model, config)
+    held, calls = [allocated()], {}
+    if not {PLAIN, PLAIN_TRAINED_EMA}.isdisjoint(sides):
+        plain = Plain(model, config, batch, ema_of_frozen=PLAIN in sides)
+        plain.step(ema_of_frozen=PLAIN in sides)
+        calls |= {PLAIN: lambda: plain.step(True), PLAIN_TRAINED_EMA: lambda: plain.step(False)}
+    held.append(allocated())
+    if OURS in sides:
+        ours = Ours(model, config, batch)
+        ours.step(batch)
+        calls |= {OURS: lambda: ours.step(batch), PRECOMPUTED: lambda: ours.step(ours.encoded)}
+        measured.counts = counts(ours)
+    held.append(allocated())
+    if calls.keys() >= set(SIDES):
+        measured.agreement = agreement(ours, plain)
+    calls = {side: calls[side] for side in sides}
+    for side, call in calls.items():
+        call()
+        others = held[2] - held[1] if side.startswith("plain") else held[1] - held[0]
+        if CUDA and side != PRECOMPUTED and not (side == PLAIN_TRAINED_EMA and PLAIN in sides):
+            torch.cuda.reset_peak_memory_stats()
+            call()
+            measured.peaks_gib[side] = (torch.cuda.max_memory_allocated() - others) / 2**30
+    measured.samples |= interleave(
+        {side: [call] for side, call in calls.items()}, rounds=ROUNDS, sample_s=0.0, device=DEVICE, warmup=0
+    )
+
+
+def counts(ours: Ours) -> dict[str, int]:
+    """Parameters in all and trained, and tokens the DiT attends to."""
+    trainer, ((num_img, num_txt),) = ours.trainer, sample_tokens(ours.encoded)
+    num_parameters = trainer.num_parameters + sum(p.numel() for p in trainer.parts.vlm.parameters())
+    return {"parameters": num_parameters, "trained": trainer.sharded.num_trained, "tokens": num_img + num_txt}
+
+
+def allocated() -> int:
+    return torch.cuda.memory_allocated() if CUDA else 0
+
+
+def free() -> None:
+    gc.collect()
+    if CUDA:
+        torch.cuda.empty_cache()
