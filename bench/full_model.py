@@ -81,41 +81,41 @@ FULL_SIZE: Size = {
     "clip": CLIP,
     "vae": VAE,
 }
-# A DiT of 280 M parameters beside a VLM of 190 M (the widths of Qwen2.5-0.5B): the proportions of the full size.
+# A DiT of 120 M parameters beside a VLM of 80 M: near the proportions of the full size, in reach of a CPU.
 SMALL_SIZE: Size = {
     "vision": {
-        "depth": 8,
-        "fullatt_block_indexes": [1, 3, 5, 7],
+        "depth": 4,
+        "fullatt_block_indexes": [1, 3],
         "hidden_size": 320,
         "intermediate_size": 856,
         "num_heads": 4,
-        "out_hidden_size": 896,
+        "out_hidden_size": 512,
     },
     "qwen": {
-        "hidden_size": 896,
-        "intermediate_size": 4864,
-        "max_window_layers": 12,
-        "num_attention_heads": 14,
-        "num_hidden_layers": 12,
+        "hidden_size": 512,
+        "intermediate_size": 2816,
+        "max_window_layers": 16,
+        "num_attention_heads": 8,
+        "num_hidden_layers": 16,
         "num_key_value_heads": 2,
         "rope_scaling": {"mrope_section": [8, 12, 12], "rope_type": "default", "type": "default"},
     },
     "denoiser": {
         "attention_head_dim": 128,
         "axes_dims_rope": [16, 56, 56],
-        "joint_attention_dim": 1024,
-        "num_attention_heads": 8,
-        "num_layers": 4,
-        "num_single_layers": 8,
+        "joint_attention_dim": 768,
+        "num_attention_heads": 6,
+        "num_layers": 3,
+        "num_single_layers": 6,
     },
     "siglip": {
-        "hidden_size": 384,
+        "hidden_size": 320,
         "image_size": 256,
-        "intermediate_size": 1536,
-        "num_attention_heads": 6,
-        "num_hidden_layers": 8,
+        "intermediate_size": 1280,
+        "num_attention_heads": 5,
+        "num_hidden_layers": 6,
     },
-    "vae": {"block_out_channels": [32, 64, 128, 128], "layers_per_block": 2, "norm_num_groups": 32},
+    "vae": {"block_out_channels": [16, 32, 64, 64], "layers_per_block": 2, "norm_num_groups": 16},
 }
 
 

@@ -8,8 +8,9 @@
 # as they are measured, the most wanted first, so a section that runs out of time leaves what it had.
 #
 #   OUT       folder for rows (<bench>.jsonl), log.txt and summary.txt; default ./out
-#   WHEELS    folder of wheels (diffusers and what it needs) to use without installing them
-#   SECTIONS  which to run, default "build kernel_tests gpu_tests steps ops requests dit_step generate region_mask"
+#   WHEELS    folder of wheels (diffusers, deepspeed and what they need) to use without installing them
+#   SECTIONS  which to run, default "build kernel_tests gpu_tests steps ops requests train_step
+#             ema dit_step generate region_mask"
 #   DEADLINE  seconds for all sections together, default 530
 #   DRY_RUN   1 runs the same sections at a tiny size, on a CPU too
 #   PYTHON    default python3
@@ -20,7 +21,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 ROOT=$PWD
 OUT=${OUT:-$ROOT/out}
 WHEELS=${WHEELS:-}
-SECTIONS=${SECTIONS:-build kernel_tests gpu_tests steps ops requests dit_step generate region_mask}
+SECTIONS=${SECTIONS:-build kernel_tests gpu_tests steps ops requests train_step ema dit_step generate region_mask}
 DEADLINE=${DEADLINE:-530}
 DRY_RUN=${DRY_RUN:-0}
 PYTHON=${PYTHON:-python3}
@@ -117,6 +118,8 @@ section gpu_tests 45 "${PYTEST[@]}" "${PARALLEL[@]}" -m gpu tests
 section steps 170 "${PYTEST[@]}" -k "gemm or step" bench/full_scale.py
 section ops 170 "${PYTEST[@]}" "${SOME[@]}" bench/ops.py
 section requests 150 "${PYTEST[@]}" -k request bench/full_scale.py
+section train_step 120 "${PYTEST[@]}" bench/train_step.py
+section ema 20 "${PYTEST[@]}" bench/ema.py
 section dit_step 40 "${PYTEST[@]}" bench/dit_step.py
 section generate 40 "${PYTEST[@]}" bench/generate.py
 section region_mask 20 "${PYTEST[@]}" bench/region_mask.py

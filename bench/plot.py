@@ -15,7 +15,7 @@ from matplotlib import pyplot
 
 IMAGES = Path(__file__).resolve().parent.parent / "docs" / "images"
 COLOURS = ("#1b6ca8", "#9aa5b1", "#d98e04", "#6a994e", "#8e5572", "#4d4d4d")
-BENCHES = ("ops", "dit_step", "generate", "region_mask", "full_scale")
+BENCHES = ("ops", "dit_step", "generate", "train_step", "ema", "region_mask", "full_scale")
 
 
 def bars(rows: list[dict[str, Any]], title: str, path: Path) -> None:

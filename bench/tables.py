@@ -143,6 +143,33 @@ def full_scale_table(rows: list[Row]) -> str:
     return table(header, lines)
 
 
+def train_step_table(rows: list[Row]) -> str:
+    header = ("stage and dtype", "side", "median, s", "best, s", "images/s", "times faster than plain", "peak, GiB")
+    lines = [
+        (
+            f"{row['case']}, {row['dtype']}",
+            row["side"],
+            f"{row['median_s']:.3f}",
+            f"{row['min_s']:.3f}",
+            number(row, "images_per_s"),
+            number(row, "times_faster", "{:.2f}"),
+            number(row, "peak_gib", "{:.1f}"),
+        )
+        for row in rows
+    ]
+    return table(header, lines)
+
+
+def ema_table(rows: list[Row]) -> str:
+    header = ("size and source", "side", "median, ms", "best, ms", "GB/s", "times faster than foreach")
+    lines = [
+        (f"{row['case']}, {row['dtype']}", row["side"], milliseconds(row["median_s"]), milliseconds(row["min_s"]))
+        + (number(row, "gb_s"), number(row, "times_faster", "{:.2f}"))
+        for row in rows
+    ]
+    return table(header, lines)
+
+
 def sources_table(rows: list[Row]) -> str:
     """Where the rows of one kind of device come from: one line a bench and commit."""
     header = ("bench", "device", "commit", "date", "versions")
@@ -160,6 +187,8 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "ops": ops_table,
     "dit_step": dit_step_table,
     "generate": generate_table,
+    "train_step": train_step_table,
+    "ema": ema_table,
     "region_mask": region_mask_table,
     "full_scale": full_scale_table,
 }

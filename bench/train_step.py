@@ -47,7 +47,7 @@ CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 DRY_RUN = os.environ.get("UNIWORLD_BENCH_SIZE") == "tiny"
 SIZE = TINY_SIZE if DRY_RUN else FULL_SIZE if CUDA else SMALL_SIZE
-SIDE_PX = 128 if DRY_RUN else 512
+SIDE_PX = 128 if DRY_RUN else 512 if CUDA else 384
 BENCH = "train_step_dry_run" if DRY_RUN else "train_step"
 ROUNDS = 3 if DRY_RUN else 9
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"

@@ -14,7 +14,6 @@ from uniworld.kernels.linear_epilogue import (
     WIDE_TILE,
     epilogue_build,
     linear_epilogue_,
-    linear_gradients,
     linear_onednn,
 )
 from uniworld.kernels.registry import Op, backend_for, forced_backend, register
@@ -32,8 +31,8 @@ def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         weight: [N, K], dtype of x.
         bias: [N], dtype of x.
 
-    Returns: [..., N], dtype of x; accumulation, bias and GELU are fp32. The backward pass recomputes the
-    pre-activation instead of keeping it.
+    Returns: [..., N], dtype of x; accumulation, bias and GELU are fp32. Where a gradient is needed the two run one
+    after the other and the pre-activation is kept: a pass over memory costs less than the GEMM that would make it anew.
 
     Raises:
         ValueError: shapes or dtypes do not fit.
@@ -43,7 +42,8 @@ def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         raise ValueError(f"weight={tuple(weight.shape)}: must be {expected} for bias [N] and x [..., K]")
     if not x.dtype == weight.dtype == bias.dtype:
         raise ValueError(f"dtype of weight, bias={weight.dtype}, {bias.dtype}: must be that of x, {x.dtype}")
-    if backend_for(x, cpp=ONEDNN) == "torch":
+    needs_gradient = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or bias.requires_grad)
+    if needs_gradient or backend_for(x, cpp=ONEDNN) == "torch":
         return gelu_linear_reference(x, weight, bias)
     return _forward_op(x, weight, bias)
 
@@ -77,35 +77,6 @@ def _(x, weight, bias):
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
-@torch.library.custom_op("uniworld::gelu_linear_backward", mutates_args=())
-def _backward_op(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Gradient [..., N] of the pre-activation, which is computed anew."""
-    flat, dy_flat = x.reshape(-1, x.shape[-1]).contiguous(), dy.reshape(-1, dy.shape[-1]).contiguous()
-    if backend_for(x, cpp=ONEDNN) == "triton" and not _cublaslt(x):
-        dpre = torch.empty_like(dy_flat)
-        linear_epilogue_(dpre, flat, weight.contiguous(), bias.contiguous(), "gelu_backward", dy=dy_flat)
-    else:
-        dpre = torch.ops.aten.gelu_backward(dy_flat, F.linear(flat, weight, bias), approximate="tanh")
-    return dpre.view(dy.shape)
-
-
-@_backward_op.register_fake
-def _(dy, x, weight, bias):
-    return torch.empty_like(dy, memory_format=torch.contiguous_format)
-
-
-def _setup_context(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
-
-
-def _autograd_backward(ctx, dy):
-    x, weight, bias = ctx.saved_tensors
-    return linear_gradients(_backward_op(dy, x, weight, bias), x, weight, ctx.needs_input_grad)
-
-
-_forward_op.register_autograd(_autograd_backward, setup_context=_setup_context)
-
-
 def _make_inputs(M, K, N, dtype, device):
     x = torch.randn(1, M, K, dtype=dtype, device=device)
     weight = torch.randn(N, K, dtype=dtype, device=device) * K**-0.5
@@ -127,8 +98,6 @@ register(
             epilogue_build("gelu", WIDE_TILE),
             epilogue_build("gelu", LARGE_TILE),
             epilogue_build("gelu", SMALL_TILE),
-            epilogue_build("gelu_backward", LARGE_TILE),
-            epilogue_build("gelu_backward", SMALL_TILE),
         ),
         cpp=ONEDNN,
     )

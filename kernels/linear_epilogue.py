@@ -32,18 +32,12 @@ def gelu_tanh(x):
 
 
 @triton.jit
-def gelu_tanh_derivative(x):
-    s = tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
-    return s + x * s * (1.0 - s) * 1.5957691216057308 * (1.0 + 0.134145 * x * x)
-
-
-@triton.jit
 def linear_epilogue_kernel(x_ptr, weight_ptr, bias_ptr, dy_ptr, rows_ptr, y_ptr, act_ptr, M, N, K, R,
                            x_stride, y_stride, EPILOGUE: tl.constexpr, SCATTER: tl.constexpr, UPCAST: tl.constexpr,
                            EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
                            GROUP_M: tl.constexpr):
-    """One tile of y. EPILOGUE: "none", "gelu", "silu", "gelu_backward" (y = dy * gelu'(pre)) or "silu_backward" (y =
-    dy * silu'(pre), and silu(pre) into act). SCATTER: row m goes to row rows[m] of y; rows outside 0..R-1 are dropped.
+    """One tile of y. EPILOGUE: "none", "gelu", "silu" or "silu_backward" (y = dy * silu'(pre), and silu(pre) into
+    act). SCATTER: row m goes to row rows[m] of y; rows outside 0..R-1 are dropped.
     """
     num_m, num_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     tile = tl.program_id(0)
@@ -84,8 +78,6 @@ def linear_epilogue_kernel(x_ptr, weight_ptr, bias_ptr, dy_ptr, rows_ptr, y_ptr,
         acc = gelu_tanh(acc)
     elif EPILOGUE == "silu":
         acc = acc * tl.sigmoid(acc)
-    elif EPILOGUE == "gelu_backward":
-        acc = tl.load(dy_ptr + offsets, mask=mask, other=0.0).to(tl.float32) * gelu_tanh_derivative(acc)
     elif EPILOGUE == "silu_backward":
         s = tl.sigmoid(acc)
         tl.store(act_ptr + offsets, (acc * s).to(act_ptr.dtype.element_ty), mask=mask)
@@ -124,8 +116,8 @@ def linear_epilogue_(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor, epilogu
         y: [M, N], or [R, N] with `rows`; last dimension contiguous.
         x: [M, K], last dimension contiguous.
         weight, bias: [N, K] and [N], contiguous.
-        epilogue: "none", "gelu", "silu", "gelu_backward" or "silu_backward".
-        dy, act: [M, N] with the strides of y, for the backward epilogues.
+        epilogue: "none", "gelu", "silu" or "silu_backward".
+        dy, act: [M, N] with the strides of y, for the backward epilogue.
         rows: [M] int64, the row of `y` that each row goes to; rows outside 0..R-1 are dropped.
     """
     (M, K), N = x.shape, weight.shape[0]

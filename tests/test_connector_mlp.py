@@ -136,7 +136,8 @@ def test_frozen_weights_get_no_gradient_work():
         assert "uniworld::connector_mlp_hidden_backward" in names and names.count("aten::mm") == 3, names
         x = torch.randn(5, K, requires_grad=True)  # as in a frozen DiT: only dx
         names = backward_calls(gelu_linear(x, torch.randn(N, K), torch.randn(N)))
-        assert names.count("aten::mm") == 1, names
+        products = [n for n in names if n.split(".")[0] in ("aten::mm", "aten::addmm", "aten::linear")]
+        assert products == ["aten::mm"], names  # and none to make the pre-activation anew
 
 
 @pytest.mark.parametrize("in_place", [False, True])

@@ -49,7 +49,10 @@ def fresh_inputs(op, case, dtype, device, cast=None):
 
 
 def run(op, fn, inputs):
-    """Named outputs and gradients of `fn`, for the same random output gradients each time."""
+    """Named outputs and gradients of `fn`, for the same random output gradients each time.
+
+    An op that has gradients runs once more without them: it may compute in another way then, and in place.
+    """
     out = fn(**inputs)
     outputs = list(out) if isinstance(out, (tuple, list)) else [out]
     assert all(isinstance(o, Tensor) for o in outputs), f"{op.name} must return a tensor or a tuple of tensors"
@@ -61,6 +64,10 @@ def run(op, fn, inputs):
         pairs = [(o, d.to(o.device, o.dtype)) for o, d in pairs if o.requires_grad]
         grads = torch.autograd.grad([o for o, _ in pairs], [inputs[n] for n in names], [d for _, d in pairs])
         results |= {f"gradient of {n}": g for n, g in zip(names, grads)}
+        with torch.no_grad():
+            out = fn(**{k: map_tensors(Tensor.detach, v) for k, v in inputs.items()})
+        outputs = list(out) if isinstance(out, (tuple, list)) else [out]
+        results |= {f"output {i} without gradient": o for i, o in enumerate(outputs)}
     return results
 
 

@@ -19,6 +19,7 @@ class Encoders:
         if use_t5 and not model.text_encoders.has_t5:
             raise ValueError("model.use_t5=true: the FLUX folder has no T5")
         self.model, self.use_siglip, self.use_t5 = model, use_siglip, use_t5
+        self._pooled: torch.Tensor | None = None  # [1, P], the same for every batch
 
     @torch.no_grad()
     def encode(self, batch: TrainBatch) -> EncodedBatch:
@@ -27,6 +28,8 @@ class Encoders:
         siglip_states = None
         if self.use_siglip and batch.siglip_pixels is not None:
             siglip_states = model.semantic_encoder(batch.siglip_pixels)
+        if self._pooled is None:
+            self._pooled = model.text_encoders.pooled([""])
         mean, std = model.vae.encode_moments(batch.target)
         return EncodedBatch(
             vlm_states=model.vlm.encode(batch.inputs).hidden_states,
@@ -34,7 +37,7 @@ class Encoders:
             image_ends=batch.inputs.image_end_positions,
             siglip_states=siglip_states,
             t5_states=model.text_encoders.t5_states(batch.instructions) if self.use_t5 else None,
-            pooled=model.text_encoders.pooled([""]).expand(B, -1),
+            pooled=self._pooled.expand(B, -1),
             latent_mean=(mean.float() - model.vae.shift) * model.vae.scale,
             latent_std=std.float() * model.vae.scale,
             region_weight=batch.region_weight,
