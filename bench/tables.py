@@ -73,18 +73,16 @@ def ops_table(rows: list[Row]) -> str:
     return table(header, lines)
 
 
+def timing_cells(row: Row) -> tuple[str, str, str, str]:
+    """Case and dtype, side, median and best in seconds."""
+    return f"{row['case']}, {row['dtype']}", row["side"], f"{row['median_s']:.3f}", f"{row['min_s']:.3f}"
+
+
 def dit_step_table(rows: list[Row]) -> str:
     header = ("model and dtype", "side", "median, s", "best, s", "of diffusers' median", "TFLOP/s", "error")
     lines = [
-        (
-            f"{row['case']}, {row['dtype']}",
-            row["side"],
-            f"{row['median_s']:.3f}",
-            f"{row['min_s']:.3f}",
-            number(row, "time_of_diffusers", "{:.2f}"),
-            number(row, "tflop_s"),
-            number(row, "error", "{:.1e}"),
-        )
+        timing_cells(row)
+        + (number(row, "time_of_diffusers", "{:.2f}"), number(row, "tflop_s"), number(row, "error", "{:.1e}"))
         for row in rows
     ]
     return table(header, lines)
@@ -105,7 +103,7 @@ def generate_table(rows: list[Row]) -> str:
         rooms = row.get("rooms_s", {})
         parts = ", ".join(f"{rooms[name]:.2f}" for name in ("condition", "denoise", "decode") if name in rooms)
         lines.append(
-            (f"{row['case']}, {row['dtype']}", row["side"], f"{row['median_s']:.3f}", f"{row['min_s']:.3f}")
+            timing_cells(row)
             + (number(row, "time_of_diffusers", "{:.2f}"), number(row, "error", "{:.1e}"), parts or "-")
         )
     return table(header, lines)
@@ -146,15 +144,8 @@ def full_scale_table(rows: list[Row]) -> str:
 def train_step_table(rows: list[Row]) -> str:
     header = ("stage and dtype", "side", "median, s", "best, s", "images/s", "times faster than plain", "peak, GiB")
     lines = [
-        (
-            f"{row['case']}, {row['dtype']}",
-            row["side"],
-            f"{row['median_s']:.3f}",
-            f"{row['min_s']:.3f}",
-            number(row, "images_per_s"),
-            number(row, "times_faster", "{:.2f}"),
-            number(row, "peak_gib", "{:.1f}"),
-        )
+        timing_cells(row)
+        + (number(row, "images_per_s"), number(row, "times_faster", "{:.2f}"), number(row, "peak_gib", "{:.1f}"))
         for row in rows
     ]
     return table(header, lines)
