@@ -6,6 +6,7 @@ diffusers, whose model does all of it in every step; "ours, forward" prepares an
 """
 
 import functools
+import os
 
 import pytest
 import torch
@@ -18,8 +19,15 @@ from uniworld.models.flux import FluxConfig, FluxTransformer
 pytest.importorskip("diffusers", reason=MISSING)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-CONFIG = FluxConfig(num_layers=4, num_single_layers=8, num_attention_heads=8, joint_attention_dim=4096)
-SIDE_PX, NUM_TXT = 512, 320
+DRY_RUN = os.environ.get("UNIWORLD_BENCH_SIZE") == "tiny"
+BENCH = "dit_step_dry_run" if DRY_RUN else "dit_step"
+CONFIG = FluxConfig(
+    num_layers=1 if DRY_RUN else 4,
+    num_single_layers=2 if DRY_RUN else 8,
+    num_attention_heads=2 if DRY_RUN else 8,
+    joint_attention_dim=4096,
+)
+SIDE_PX, NUM_TXT = (128, 32) if DRY_RUN else (512, 320)
 NUM_STEPS = 28
 STEP = 9  # of the 28
 SIDES = ("ours", "ours, preparation / 28", "ours, forward", "diffusers eager")
@@ -35,7 +43,7 @@ def test_dit_step(dtype, side, report):
     more |= {"time_of_diffusers": samples[side].median / theirs}
     if side != "ours, preparation / 28":
         more |= {"tflop_s": flops() / samples[side].median / 1e12}
-    report("dit_step", f"{num_parameters / 1e6:.0f} M, {num_tokens()} tokens", side, dtype, samples[side], **more)
+    report(BENCH, f"{num_parameters / 1e6:.0f} M, {num_tokens()} tokens", side, dtype, samples[side], **more)
 
 
 def num_tokens() -> int:

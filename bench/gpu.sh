@@ -37,6 +37,7 @@ SCRATCH=$(mktemp -d)
 trap 'rm -rf "$SCRATCH"' EXIT
 export PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH}
 export PYTHONUNBUFFERED=1 UNIWORLD_BENCH_ROWS=$OUT UNIWORLD_CACHE=$SCRATCH/cache
+export TORCHINDUCTOR_CACHE_DIR=$SCRATCH/inductor
 if [ "$DRY_RUN" = 1 ]; then
   export UNIWORLD_BENCH_SIZE=tiny
 fi
@@ -62,7 +63,10 @@ section() {
   cat "$part" >>"$LOG"
   tail -n 15 "$part"
   case $rc in
-    124 | 137) rc="$rc (time)" ;;
+    124 | 137)
+      rc="$rc (time)"
+      rm -rf "$TORCHINDUCTOR_CACHE_DIR" # a library that was being written is there, but cut off
+      ;;
     5) [[ $name == *tests ]] && rc='5 (no tests)' ;;
   esac
   printf '%-14s %10s %9s  %s\n' "$name" "$rc" $((SECONDS - began)) "$(tail -n 1 "$part" | cut -c1-100)" >>"$SUMMARY"

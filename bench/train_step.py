@@ -57,9 +57,10 @@ PLAIN, PLAIN_TRAINED_EMA = "plain", "plain, EMA of the trained alone"
 SIDES = (OURS, PRECOMPUTED, PLAIN, PLAIN_TRAINED_EMA)
 STAGES = ("stage1", "stage2")
 DTYPES = (torch.float32,) if DRY_RUN else (torch.bfloat16,)
+# In bf16 both sides round in other places, and diffusers rounds the noise level before it embeds it.
 BOUNDS = {
     torch.float32: {"loss_difference": 1e-4, "norm_difference": 1e-3, "gradient_error": 1e-3},
-    torch.bfloat16: {"loss_difference": 1e-2, "norm_difference": 5e-2, "gradient_error": 0.1},
+    torch.bfloat16: {"loss_difference": 1e-2, "norm_difference": 5e-2, "gradient_error": 0.2},
 }
 EDITED_SHARE, EDITED_WEIGHT = 4, 3.0  # a quarter of the picture is edited: log2(4) + 1
 

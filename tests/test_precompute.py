@@ -89,6 +89,15 @@ def same(a, b):
     return a is b is None or (a is not None and b is not None and a.dtype == b.dtype and torch.equal(a, b))
 
 
+def test_the_empty_prompt_of_the_pooled_state_is_encoded_once(data, parts, monkeypatch):
+    encoders = parts["fp32"].text_encoders
+    expected, calls = encoders.pooled([""]), []
+    monkeypatch.setattr(encoders, "pooled", lambda prompts: calls.append(prompts) or expected)
+    _, live = live_batches(make_config(data), parts)
+    assert all(torch.equal(next(live).pooled, expected) for _ in range(3))
+    assert calls == [[""]]
+
+
 @pytest.mark.parametrize("stage, dtype", [("stage2", "fp32"), ("stage1", "bf16"), ("stage2", "bf16")])
 def test_batches_of_one_are_those_of_live_encoding_bit_by_bit(data, parts, tmp_path, stage, dtype):
     config = make_config(data, stage, dtype, drop_prompt_rate=0.4)
