@@ -88,7 +88,7 @@ def quick_runs(tmp_path_factory):
 def slow_runs(tmp_path_factory):
     pytest.importorskip("deepspeed")
     scenarios = WHOLE + [killed(*case) for case in KILLED if case not in QUICK_KILLED] + [GOES_ON]
-    return run(scenarios + divided([z for z in STAGES if z not in QUICK_STAGES]), tmp_path_factory.mktemp("slow"), 280)
+    return run(scenarios + divided([z for z in STAGES if z not in QUICK_STAGES]), tmp_path_factory.mktemp("slow"), 1100)
 
 
 @pytest.fixture
@@ -211,7 +211,7 @@ def test_random_kills(tmp_path, ranks, asynchronous):
     attempts = [{"ranks": ranks, "until": 20}]
     random_ones = {"id": "random", "config": config, "attempts": attempts, "num_kills": 20, "seed": ranks}
     folder = run(
-        [{"id": "whole", "config": config, "attempts": attempts}, random_ones | {"longest_s": 1.0}], tmp_path, 280
+        [{"id": "whole", "config": config, "attempts": attempts}, random_ones | {"longest_s": 1.0}], tmp_path, 1100
     )
     report = json.loads((folder / "random" / "kills.json").read_text())
     assert report["kills"] == 20
