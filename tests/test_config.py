@@ -90,6 +90,11 @@ def test_a_resolved_config_reads_back_equal(file):
          "data.sources[0].wieght: unknown key; did you mean weight?"),
         ({"num_steps": 0}, "num_steps=0: must be at least 1"),
         ({"data": {"batch_size": -1}}, "data.batch_size=-1: must be at least 1"),
+        ({"log_every_steps": 0}, "log_every_steps=0: must be at least 1"),
+        ({"optim": {"warmup_steps": -1}}, "optim.warmup_steps=-1: must be at least 0"),
+        ({"validation": {"every_steps": -1}}, "validation.every_steps=-1: must be at least 0"),
+        ({"data": {"drop_t5_rate": 2}}, "data.drop_t5_rate=2.0: must be from 0 to 1"),
+        ({"stage": {"preset": "lora"}}, "stage.preset=lora: needs model.lora_rank"),
         ({"ema": {"decay": 1.5}}, "ema.decay=1.5: must be from 0 to 1"),
         ({"optim": {"lr": 0}}, "optim.lr=0.0: must be above 0"),
         ({"stage": {"preset": "custom"}}, "stage.patterns=[]: go with preset custom, and only with it"),
@@ -108,6 +113,8 @@ def test_mistakes_are_named(tree, message):
         ("optim.lr", "override 'optim.lr': must be key=value, such as optim.lr=1e-4"),
         ("num_steps.x=1", "override 'num_steps.x=1': num_steps is no section"),
         ("optim.lrr=1", "optim.lrr: unknown key; did you mean lr?"),
+        ("data.sources=[{path", "override 'data.sources=[{path': the value is not YAML (expected ',' or '}', but got "
+         "'<stream end>'); quote it for the shell"),
     ],
 )
 def test_mistakes_in_overrides_are_named(file, override, message):
@@ -121,6 +128,8 @@ def test_files_that_are_none(file, tmp_path):
         load_config(tmp_path / "missing.yaml")
     with pytest.raises(ValueError, match="not YAML"):
         load_config(file("a: [1,"))
+    with pytest.raises(ValueError, match=r"must be a mapping, got \[1\]"):
+        load_config(file("[1]"), ["optim.lr=1"])
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)

@@ -169,6 +169,16 @@ def test_count_at_full_scale(peft):
     assert found == 16 * (19 * (2 * (D + 3 * D) + 2 * (D + D)) + 38 * (D + 3 * D))
 
 
+def test_preset_trains_the_factors_alone(peft):
+    config = small_config("lora", model={"lora_rank": RANK})
+    model = small_model(small_config())
+    lora.add_lora(model.denoiser, RANK)
+    trained = freeze_except(model, patterns_of(config))
+    assert trained and all(lora.is_factor(name) for name in trained)
+    with_connectors = {name for name, p in lora_model(lora_config()).named_parameters() if p.requires_grad}
+    assert {name for name in with_connectors if lora.is_factor(name)} == set(trained)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks, zero_stage", [(1, 2), (2, 3)])
 def test_a_run_is_exported_merged(peft, tmp_path, ranks, zero_stage):

@@ -3,6 +3,9 @@
 import builtins
 import json
 import math
+import sys
+import types
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,7 +21,7 @@ from uniworld.train.metrics import METRICS_FILE, Metrics, described, read_metric
 from uniworld.train.model import TrainModel
 from uniworld.train.optim import learning_rate, make_optimizer
 from uniworld.train.stages import PRESETS, freeze_except
-from uniworld.train.step import draw, rank_generator, training_loss
+from uniworld.train.step import draw, drop_t5, rank_generator, training_loss
 
 
 def loss_and_gradients(config, batch):
@@ -63,6 +66,17 @@ def test_level_weighting_reaches_the_loss():
     sigma = draw(batch, plain.flow, torch.Generator().manual_seed(5)).sigma.item()
     factor = 2 / (math.pi * (1 - 2 * sigma + 2 * sigma**2))
     assert losses[1].item() == pytest.approx(factor * losses[0].item(), rel=1e-5)
+
+
+def test_t5_states_are_dropped_on_all_ranks_at_once():
+    batch = replace(small_batch(small_config(), 0), t5_states=torch.ones(1, 3, 24))
+    config = small_config(data={"drop_t5_rate": 0.3})
+    dropped = [drop_t5(batch, config, step, number).t5_states is None for step in range(300) for number in (0, 1)]
+    assert sum(dropped) / len(dropped) == pytest.approx(0.3, abs=0.06)
+    assert dropped == [drop_t5(batch, config, s, n).t5_states is None for s in range(300) for n in (0, 1)]
+    assert drop_t5(batch, small_config(), 0, 0) is batch
+    other = small_config(seed=1, data={"drop_t5_rate": 0.3})
+    assert dropped != [drop_t5(batch, other, step, number).t5_states is None for step in range(300) for number in (0, 1)]
 
 
 # --- optimizers and schedules
@@ -166,6 +180,23 @@ def test_recomputing_keeps_fewer_tensors():
     all_kept, no_single, none = saved_bytes([]), saved_bytes(["single"]), saved_bytes(["single", "double"])
     assert none < no_single < all_kept
     assert none < 0.6 * all_kept
+
+
+@pytest.mark.parametrize("kinds", [[], ["double", "single"]])
+def test_compiled_blocks_have_our_ops_inside_the_graph(monkeypatch, kinds):
+    """Every block is one graph, forward and backward, also where it is recomputed. (Padded batches leave it once.)"""
+    ops, compiled = set(), torch.compile
+
+    def note(graph, _):
+        ops.update(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph
+
+    monkeypatch.setattr(torch, "compile", lambda function: compiled(function, fullgraph=True, backend=note))
+    config = small_config("stage2", sharding={"compile_blocks": True, "checkpoint_blocks": kinds, "dtype": "fp32"})
+    torch._dynamo.reset()
+    loss_and_gradients(config, small_batch(config, 1))
+    ours = ("qk_norm_rope", "gelu_linear", "gate_residual_adaln")
+    assert {f"uniworld.{name}.default" for name in ours} <= ops
 
 
 @pytest.mark.slow
@@ -298,3 +329,24 @@ def test_tensorboard_that_is_missing_is_named(tmp_path):
         events = EventAccumulator(f"{run}/tensorboard")
         events.Reload()
         assert [e.value for e in events.Scalars("train/loss")] == [1.0, 2.0]
+
+
+def test_wandb_gets_the_config_and_every_record(tmp_path, monkeypatch):
+    """Against a stand-in for the package: a run of the folder's name, which a resume goes on with."""
+    calls = []
+    run = types.SimpleNamespace(log=lambda record, step: calls.append((step, record["loss"])), finish=calls.clear)
+    started = {}
+    fake = types.ModuleType("wandb")
+    fake.init = lambda **arguments: started.update(arguments) or run
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    config = from_dict(TrainConfig, {"run_dir": str(tmp_path / "mine"), "wandb_project": "curves"})
+    metrics = Metrics(config, rank=0, quiet=True)
+    metrics.log(3, RECORD)
+    assert calls == [(3, 0.5)]
+    assert (started["project"], started["id"], started["resume"]) == ("curves", "mine", "allow")
+    assert started["config"]["optim"]["lr"] == config.optim.lr
+    metrics.close()
+    assert calls == []
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match="wandb_project=curves: pip install wandb"):
+        Metrics(config, rank=0, quiet=True)

@@ -5,6 +5,8 @@
 
 import dataclasses
 import difflib
+import functools
+import math
 import types
 import typing
 from collections.abc import Sequence
@@ -32,7 +34,8 @@ class ModelConfig:
     attention: str = "auto"
     """Attention backend of the DiT; see `uniworld env`."""
     lora_rank: int | None = None
-    """Train LoRA factors of this rank on the DiT's linears (needs peft) instead of the weights themselves."""
+    """Train LoRA factors of this rank on the DiT's attention (needs peft) in place of the weights that the stage names
+    there; its connectors learn as without."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +72,8 @@ class DataConfig:
     """Samples a step and rank; all of one bucket."""
     drop_prompt_rate: float = 0.0
     """Share of samples whose instruction is dropped (for classifier-free guidance); pictures stay."""
+    drop_t5_rate: float = 0.0
+    """Share of micro-batches that go without T5 states where `model.use_t5` gives them."""
     region_weight: Literal["none", "linear", "exp", "log", "sqrt"] = "log"
     """How the loss weight of edited latents grows with total area / edited area."""
     keep_scattered: bool = False
@@ -83,8 +88,9 @@ class DataConfig:
 class StageConfig:
     """Which parameters learn."""
 
-    preset: Literal["stage1", "stage2", "siglip_mlp", "custom"] = "stage1"
-    """stage1: the VLM connector. stage2: both connectors and the DiT's image branch. siglip_mlp: that MLP alone."""
+    preset: Literal["stage1", "stage2", "siglip_mlp", "lora", "custom"] = "stage1"
+    """stage1: the VLM connector. stage2: both connectors and the DiT's image branch. siglip_mlp: that MLP alone.
+    lora: factors of `model.lora_rank` on the DiT alone."""
     patterns: tuple[str, ...] = ()
     """Glob patterns over parameter names, for preset "custom"."""
     use_siglip: bool | None = None
@@ -183,6 +189,20 @@ class ValidationConfig:
     seed: int = 0
 
 
+BOUNDS = (
+    (
+        "num_steps max_bad_steps log_every_steps data.batch_size data.anchor_px sharding.accumulation_steps "
+        "checkpoint.every_steps checkpoint.keep validation.num_inference_steps",
+        *(1, math.inf, "at least 1"),
+    ),
+    (
+        "seed data.num_workers optim.warmup_steps optim.clip_norm ema.update_after_step validation.every_steps",
+        *(0, math.inf, "at least 0"),
+    ),
+    ("data.drop_prompt_rate data.drop_t5_rate data.max_bad_share ema.decay ema.min_decay", 0, 1, "from 0 to 1"),
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """A training run."""
@@ -208,37 +228,22 @@ class TrainConfig:
     validation: ValidationConfig = field(default_factory=ValidationConfig)
 
     def __post_init__(self):
-        positive = {
-            "num_steps": self.num_steps,
-            "data.batch_size": self.data.batch_size,
-            "data.anchor_px": self.data.anchor_px,
-            "sharding.accumulation_steps": self.sharding.accumulation_steps,
-            "checkpoint.every_steps": self.checkpoint.every_steps,
-            "checkpoint.keep": self.checkpoint.keep,
-            "max_bad_steps": self.max_bad_steps,
-        }
-        for name, value in positive.items():
-            if value < 1:
-                raise ValueError(f"{name}={value}: must be at least 1")
-        if self.sharding.compile_blocks and self.sharding.zero_stage == 3:
-            raise ValueError("sharding.compile_blocks=True: needs sharding.zero_stage 1 or 2, not 3")
-        shares = {
-            "data.drop_prompt_rate": self.data.drop_prompt_rate,
-            "data.max_bad_share": self.data.max_bad_share,
-            "ema.decay": self.ema.decay,
-        }
-        for name, value in shares.items():
-            if not 0 <= value <= 1:
-                raise ValueError(f"{name}={value}: must be from 0 to 1")
-        for i, source in enumerate(self.data.sources):
-            if not 0 < source.weight < float("inf"):
-                raise ValueError(f"data.sources[{i}].weight={source.weight}: must be above 0")
-        if self.data.num_workers < 0:
-            raise ValueError(f"data.num_workers={self.data.num_workers}: must be at least 0")
+        for names, low, high, allowed in BOUNDS:
+            for name in names.split():
+                value = functools.reduce(getattr, name.split("."), self)
+                if not low <= value <= high:
+                    raise ValueError(f"{name}={value}: must be {allowed}")
         if self.optim.lr <= 0:
             raise ValueError(f"optim.lr={self.optim.lr}: must be above 0")
+        if self.sharding.compile_blocks and self.sharding.zero_stage == 3:
+            raise ValueError("sharding.compile_blocks=True: needs sharding.zero_stage 1 or 2, not 3")
+        for i, source in enumerate(self.data.sources):
+            if not 0 < source.weight < math.inf:
+                raise ValueError(f"data.sources[{i}].weight={source.weight}: must be above 0")
         if (self.stage.preset == "custom") != bool(self.stage.patterns):
             raise ValueError(f"stage.patterns={list(self.stage.patterns)}: go with preset custom, and only with it")
+        if self.stage.preset == "lora" and self.model.lora_rank is None:
+            raise ValueError("stage.preset=lora: needs model.lora_rank")
         if self.validation.images and len(self.validation.images) != len(self.validation.prompts):
             raise ValueError("validation.images: give one a prompt, or none")
 
@@ -255,6 +260,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
         tree = yaml.safe_load(path.read_text()) or {}
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path}: must be a mapping, got {tree!r:.80}")
     for override in overrides:
         _override(tree, override)
     return from_dict(TrainConfig, tree)
@@ -269,7 +276,11 @@ def _override(tree: dict[str, Any], override: str) -> None:
         tree = tree.setdefault(parent, {})
         if not isinstance(tree, dict):
             raise ValueError(f"override {override!r}: {parent} is no section")
-    tree[last] = yaml.safe_load(text)
+    try:
+        tree[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        problem = getattr(error, "problem", None) or "a mistake"
+        raise ValueError(f"override {override!r}: the value is not YAML ({problem}); quote it for the shell") from None
 
 
 def from_dict(cls: type, tree: Any, where: str = "") -> Any:

@@ -23,6 +23,7 @@ PRESETS: dict[str, tuple[str, ...]] = {
     "stage1": ("denoise_projector.*",),
     "stage2": ("denoise_projector.*", "siglip_projector.*", *IMAGE_BRANCH),
     "siglip_mlp": ("siglip_projector.*",),
+    "lora": LORA_FACTORS,
 }
 
 
@@ -33,7 +34,7 @@ def trained_patterns(stage: StageConfig) -> tuple[str, ...]:
 def patterns_of(config: TrainConfig) -> tuple[str, ...]:
     """What a run trains: its stage's patterns; with LoRA, of the DiT the factors alone."""
     patterns = trained_patterns(config.stage)
-    if config.model.lora_rank is None:
+    if config.model.lora_rank is None or config.stage.preset == "lora":
         return patterns
     return (*(pattern for pattern in patterns if not pattern.startswith("denoiser.")), *LORA_FACTORS)
 

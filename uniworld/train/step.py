@@ -4,15 +4,18 @@ Letters: B batch, C latent channels, h, w latent height and width.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from uniworld.config import FlowConfig
+from uniworld.config import FlowConfig, TrainConfig
 from uniworld.train.encode import draw_latents
 from uniworld.train.model import EncodedBatch
 from uniworld.train.noise import draw_sigma, sigma_weight
+
+DROP_T5 = 3  # kind of random draw; the data's are 0 to 2
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,20 @@ def training_loss(
     drawn = draw(batch, flow, generator)
     level_weight = sigma_weight(flow.weighting, drawn.sigma)
     return model(batch, drawn.latents, drawn.noise, drawn.sigma, flow.guidance_scale, level_weight)
+
+
+def drop_t5(batch: EncodedBatch, config: TrainConfig, step: int, number: int) -> EncodedBatch:
+    """The batch without T5 states in `data.drop_t5_rate` of all micro-batches, else as it is.
+
+    All ranks drop at the same time, so that their costs stay near; it follows from the seed, as after a resume.
+
+    Args:
+        step, number: of the micro-batch, counted over the run and in its step.
+    """
+    rate = config.data.drop_t5_rate
+    if batch.t5_states is None or np.random.default_rng((config.seed, DROP_T5, step, number)).random() >= rate:
+        return batch
+    return replace(batch, t5_states=None)
 
 
 def rank_generator(seed: int, rank: int) -> torch.Generator:

@@ -25,7 +25,7 @@ from uniworld.train.optim import learning_rate
 from uniworld.train.resume import Checkpointer
 from uniworld.train.sharding import Sharded, StepReport
 from uniworld.train.stages import patterns_of
-from uniworld.train.step import rank_generator, training_loss
+from uniworld.train.step import drop_t5, rank_generator, training_loss
 
 EXIT_STOPPED = 143
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -157,8 +157,8 @@ class Trainer:
         self.lr = learning_rate(self.config, self.step)
         self.sharded.set_lr(self.lr)
         report = None
-        for batch in batches:
-            encoded = self.batches.encode(batch)
+        for number, batch in enumerate(batches):
+            encoded = drop_t5(self.batches.encode(batch), self.config, self.step, number)
             loss = training_loss(self.sharded, encoded, self.config.flow, self.generator)
             report = self.sharded.backward_and_step(loss)
             window.add(loss, encoded, self._flops(encoded))
