@@ -66,7 +66,7 @@ def make_config(scenario, attempt, folder):
 def open_numbers(log, dtype):
     """Batches by number; what each gave is noted in `log`."""
 
-    def opened(config, parts, world):
+    def opened(config, parts, world, shown):
         source = Numbers(world.rank)
 
         def encode(number):
@@ -174,7 +174,8 @@ def rank_process(scenario, attempt, rank, folder):
     slow_down(scenario.get("slow", 0))
     log = Log(folder / f"seen-{rank}.jsonl")
     dtype = sharding.DTYPES[config.sharding.dtype]
-    build.load_parts = lambda config, world: None
+    build.check = lambda config: None
+    build.load_parts = lambda config, world, shown: None
     build.build_train_model = lambda config, parts: small_model(config)
     build.open_batches = open_numbers(log, dtype)
     run = Trainer(config, quiet=True)

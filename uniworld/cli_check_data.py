@@ -1,17 +1,16 @@
 """What `check-data` does: look at all samples, print a table, write a page."""
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from rich.table import Table
 
+from uniworld.checkpoint.progress import count_progress
 from uniworld.config import DataConfig, SourceConfig, from_dict, load_config
 from uniworld.data.check import SourceReport, check
 from uniworld.data.dataset import Dataset
@@ -43,7 +42,7 @@ def check_data(sources: Sequence[str], options: CheckOptions, workers: int | Non
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     dataset = Dataset(config.sources)
     num_workers = min(os.cpu_count() or 1, 16) if workers is None else workers
-    with progress_bar(quiet) as progress:
+    with count_progress("Checking", not quiet) as progress:
         reports = check(
             dataset, config, limit=options.limit, num_workers=num_workers if num_workers > 1 else 0, progress=progress
         )
@@ -88,18 +87,6 @@ def _check_page(page: Path) -> None:
         raise ValueError(f"--page {page}: the directory {page.parent} does not exist")
     if page.is_dir() or (page.exists() and not os.access(page, os.W_OK)):
         raise ValueError(f"--page {page}: cannot be written")
-
-
-@contextmanager
-def progress_bar(quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
-    """A function that is told (done, total), which draws a bar on stderr."""
-    if quiet:
-        yield None
-        return
-    columns = ("checking", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("check", total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
 def _row(report: SourceReport) -> tuple[str, ...]:

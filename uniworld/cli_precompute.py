@@ -2,10 +2,10 @@
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
+from uniworld.checkpoint.progress import count_progress
 from uniworld.config import load_config
 
 
@@ -26,7 +26,7 @@ def precompute(
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     shown = rank == 0 and not quiet
     try:
-        with _progress(shown) as progress:
+        with count_progress("Encoding", shown) as progress:
             done = room.precompute(
                 settings,
                 output,
@@ -51,18 +51,3 @@ def _summary(done) -> str:
     if done.num_missing:
         return f"{done.num_missing} of {done.num_shards} shards are still being made by other processes"
     return f"{size} in {done.num_shards} shards; train from them with data.precomputed={done.folder}"
-
-
-@contextmanager
-def _progress(shown: bool) -> Iterator[Callable[[int, int], None]]:
-    """Yields the function to call with (samples done, samples to do)."""
-    if not shown:
-        yield lambda done, total: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = TextColumn("Encoding"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -1,4 +1,4 @@
-"""A progress bar by bytes on stderr."""
+"""Progress bars on stderr, by bytes and by things."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -26,3 +26,26 @@ def byte_progress(title: str, num_bytes: int, enabled: bool) -> Iterator[Callabl
     with Progress(*columns, console=console, transient=console.is_terminal) as bar:
         task = bar.add_task(title, total=num_bytes)
         yield lambda done: bar.advance(task, done)
+
+
+@contextlib.contextmanager
+def count_progress(title: str, enabled: bool) -> Iterator[Callable[[int, int], None]]:
+    """Yields the function to call with (things done, things to do); the bar comes with the first call."""
+    if not enabled:
+        yield lambda done, total: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    bar = Progress(*columns, console=Console(stderr=True), transient=True)
+    task = bar.add_task(title, total=None)
+
+    def show(done: int, total: int) -> None:
+        bar.start()
+        bar.update(task, completed=done, total=total)
+
+    try:
+        yield show
+    finally:
+        bar.stop()

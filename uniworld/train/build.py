@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from uniworld.checkpoint.load import DenoiserParts, load_denoiser, load_uniworld
+from uniworld.checkpoint.progress import count_progress
 from uniworld.config import TrainConfig
 from uniworld.data.loader import Loader
 from uniworld.models.siglip import SemanticEncoder
@@ -17,7 +18,7 @@ from uniworld.train.blocks import prepare_blocks
 from uniworld.train.encode import Encoders
 from uniworld.train.lora import add_lora
 from uniworld.train.model import EncodedBatch, TrainModel
-from uniworld.train.precomputed import PrecomputedLoader
+from uniworld.train.precomputed import PrecomputedLoader, open_cache
 from uniworld.train.sharding import DTYPES, World
 from uniworld.train.stages import freeze_except, inserts_siglip, patterns_of
 
@@ -42,10 +43,25 @@ class Batches:
     """Samples skipped so far on this rank."""
 
 
-def load_parts(config: TrainConfig, world: World) -> UniWorld | DenoiserParts:
+def check(config: TrainConfig) -> None:
+    """Find out before 20 GB are loaded that there is nothing to train on. Raises: ValueError, FileNotFoundError."""
+    if config.data.precomputed is not None:
+        open_cache(config)
+        return
+    if not config.data.sources:
+        raise ValueError("data.sources: must name at least one source, or data.precomputed a cache")
+    for number, source in enumerate(config.data.sources):
+        if not any(letter in source.path for letter in "{*?[") and not Path(source.path).exists():
+            raise FileNotFoundError(f"data.sources[{number}].path={source.path}: no such file or folder")
+
+
+def load_parts(config: TrainConfig, world: World, shown: bool = False) -> UniWorld | DenoiserParts:
     """The parts that training needs, frozen, in the compute dtype on this rank's device.
 
     From precomputed states it needs no encoder; the rank that draws validation pictures still does.
+
+    Args:
+        shown: a progress bar on stderr.
     """
     model = config.model
     draws = config.validation.every_steps > 0 and (world.rank == 0 or config.sharding.zero_stage == 3)
@@ -54,7 +70,7 @@ def load_parts(config: TrainConfig, world: World) -> UniWorld | DenoiserParts:
             model.path,
             device=world.device,
             dtype=DTYPES[config.sharding.dtype],
-            progress=world.rank == 0,
+            progress=shown,
             connectors=model.connectors,
         )
         denoiser_parts.denoiser.attention_backend = model.attention
@@ -65,7 +81,7 @@ def load_parts(config: TrainConfig, world: World) -> UniWorld | DenoiserParts:
         model.siglip,
         device=world.device,
         dtype=DTYPES[config.sharding.dtype],
-        progress=world.rank == 0,
+        progress=shown,
         use_t5=model.use_t5,
         connectors=model.connectors,
     )
@@ -84,23 +100,27 @@ def build_train_model(config: TrainConfig, parts: UniWorld | DenoiserParts) -> T
     return model
 
 
-def open_batches(config: TrainConfig, parts: UniWorld | DenoiserParts, world: World) -> Batches:
-    """Batches of this rank, encoded as they come or read from precomputed states."""
+def open_batches(
+    config: TrainConfig, parts: UniWorld | DenoiserParts, world: World, shown: bool = False
+) -> Batches:
+    """Batches of this rank, encoded as they come or read from precomputed states; `shown` as of `load_parts`."""
     bad_log = Path(config.run_dir) / f"bad_samples_rank{world.rank}.jsonl"
     if config.data.precomputed is not None:
         cached = PrecomputedLoader(config, rank=world.rank, world_size=world.size, bad_log=bad_log)
         return Batches(cached, lambda batch: batch.to(parts.device, parts.dtype), lambda: cached.bad.count)
     use_siglip = inserts_siglip(config.stage)
     encoders = Encoders(parts, use_siglip=use_siglip, use_t5=config.model.use_t5)
-    loader = Loader(
-        config,
-        processor=parts.processor,
-        siglip_preprocess=preprocess_alone(parts.semantic_encoder) if use_siglip else None,
-        siglip_tokens=parts.semantic_encoder.num_tokens if use_siglip else 0,
-        bad_log=bad_log,
-        rank=world.rank,
-        world_size=world.size,
-    )
+    with count_progress("Reading picture sizes", shown) as progress:
+        loader = Loader(
+            config,
+            processor=parts.processor,
+            siglip_preprocess=preprocess_alone(parts.semantic_encoder) if use_siglip else None,
+            siglip_tokens=parts.semantic_encoder.num_tokens if use_siglip else 0,
+            bad_log=bad_log,
+            rank=world.rank,
+            world_size=world.size,
+            progress=progress,
+        )
     return Batches(loader, encoders.encode, lambda: loader.bad.count)
 
 

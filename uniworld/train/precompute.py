@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from uniworld.checkpoint.load import load_uniworld
+from uniworld.checkpoint.progress import count_progress
 from uniworld.config import TrainConfig, to_yaml
 from uniworld.data.bad import BadSample, SampleError
 from uniworld.data.batch import TrainBatch
@@ -99,7 +100,7 @@ def precompute(
         progress=show_loading,
         use_t5=config.model.use_t5,
     )
-    cache, reader = _open(config, Path(folder), model, samples_per_shard)
+    cache, reader = _open(config, Path(folder), model, samples_per_shard, show_loading)
     encoders = Encoders(model, use_siglip=inserts_siglip(config.stage), use_t5=config.model.use_t5)
     mine = [number for number in cache.missing_shards() if number % world_size == rank]
     members = {number: _members(cache, number) for number in mine}
@@ -124,11 +125,11 @@ def precompute(
 class SampleReader(TorchDataset):
     """Reads and prepares samples by number; runs in the worker processes."""
 
-    def __init__(self, config: TrainConfig, model: UniWorld):
+    def __init__(self, config: TrainConfig, model: UniWorld, progress: Progress):
         encoder = model.semantic_encoder
         preprocess = SemanticEncoder(torch.nn.Identity(), encoder.preprocessor).preprocess
         preprocess = preprocess if inserts_siglip(config.stage) else None
-        loader = Loader(config, processor=model.processor, siglip_preprocess=preprocess)
+        loader = Loader(config, processor=model.processor, siglip_preprocess=preprocess, progress=progress)
         self.dataset, self.index, self.bad = loader.dataset, loader.index, loader.bad
         planned = loader.reader
         self.collator, self.buckets, self.bucket_sizes = planned.collator, planned.buckets, planned.bucket_sizes
@@ -153,13 +154,16 @@ class SampleReader(TorchDataset):
         return self.collator.collate([self.collator.prepare(sample, bucket)])
 
 
-def _open(config: TrainConfig, folder: Path, model: UniWorld, samples_per_shard: int) -> tuple[Cache, SampleReader]:
+def _open(
+    config: TrainConfig, folder: Path, model: UniWorld, samples_per_shard: int, show_loading: bool
+) -> tuple[Cache, SampleReader]:
     """The cache, begun where there is none yet, and what reads its samples."""
     if (folder / MANIFEST).is_file():
         check_fingerprint(Cache(folder).manifest["fingerprint"], config, f"output={folder}")
     elif folder.exists() and any(folder.iterdir()):
         raise ValueError(f"output={folder}: is not empty and holds no {MANIFEST}; choose another folder")
-    reader = SampleReader(config, model)
+    with count_progress("Reading picture sizes", show_loading) as indexing:
+        reader = SampleReader(config, model, indexing)
     if (folder / MANIFEST).is_file():
         return Cache(folder), reader
     folder.mkdir(parents=True, exist_ok=True)

@@ -66,12 +66,14 @@ class Trainer:
     def _build(self) -> None:
         config = self.config
         validate.check(config)
+        build.check(config)
         self.world = sharding.init()
-        self.parts = build.load_parts(config, self.world)
+        shown = self.world.rank == 0 and not self.quiet
+        self.parts = build.load_parts(config, self.world, shown)
         model = build.build_train_model(config, self.parts)
         self.num_parameters = sum(p.numel() for p in model.parameters())
         self._flops, self._peak = StepFlops(model), peak_flops(self.world.device)
-        self.batches = build.open_batches(config, self.parts, self.world)
+        self.batches = build.open_batches(config, self.parts, self.world, shown)
         self._iterator = iter(self.batches.source)
         self.sharded = Sharded(model, config, self.world)
         self.ema = ShardedEMA(self.sharded, config.ema) if config.ema.enabled else None
@@ -92,7 +94,9 @@ class Trainer:
         if self.world.rank == 0:
             folder = Path(self.config.run_dir)
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
+            part = folder / ".config.yaml.part"
+            part.write_text(to_yaml(self.config), encoding="utf-8")
+            part.replace(folder / "config.yaml")
 
     def _announce(self) -> None:
         config, sharding_config, world = self.config, self.config.sharding, self.world
@@ -132,6 +136,7 @@ class Trainer:
                 self.metrics.note(f"stopped by signal after step {saved}; run again to go on")
                 return EXIT_STOPPED
         self.checkpointer.wait()
+        self.metrics.note(f"finished after step {self.step}; make a model of it with: uniworld export {config.run_dir}")
         return 0
 
     def _next_batches(self, signals: "_Signals") -> tuple[list[Any], bool]:
