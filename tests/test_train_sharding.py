@@ -27,11 +27,18 @@ def case(name, stage, zero_stage, *, dtype="fp32", **more):
     return {"id": name, "stage": stage, "sharding": settings, **more}
 
 
+# A tenth of the norms that come, and an eps beside which the size of a gradient shows in AdamW's step.
+CLIPPED = {"clip_norm": 0.03, "eps": 1e-3}
 POISONED = {"1": "nan", "2": "inf"}
 TWO_RANKS = [
     *(case(f"{stage}-zero{z}", stage, z) for stage in STAGES for z in (1, 2, 3)),
     *(case(f"bf16-zero{z}", "stage2", z, dtype="bf16", sharding=TWICE_RECOMPUTED) for z in (1, 2, 3)),
     *(case(f"recomputed-zero{z}", "stage2", z, sharding={"checkpoint_blocks": RECOMPUTED}) for z in (2, 3)),
+    *(case(f"clipped-zero{z}", "stage2", z, optim=CLIPPED) for z in (1, 2, 3)),
+    *(
+        case(f"clipped-bf16-zero{z}", "stage2", z, dtype="bf16", sharding=TWICE_RECOMPUTED, optim=CLIPPED)
+        for z in (1, 2, 3)
+    ),
     *(case(f"poisoned-zero{z}", "stage2", z, poisoned=POISONED | {"3": "gradient"}) for z in (1, 2, 3)),
     *(
         case(f"poisoned-bf16-zero{z}", "stage1", z, dtype="bf16", sharding={"accumulation_steps": 2}, poisoned=POISONED)
@@ -69,9 +76,9 @@ def one_rank(tmp_path_factory):
 
 
 @functools.cache
-def reference(stage, accumulated=1, optimizer="adamw"):
-    """Two ranks' training in plain torch: losses, norms of the gradient, trained parameters."""
-    config = small_config(stage)
+def reference(stage, accumulated=1, optimizer="adamw", **optim):
+    """Two ranks' training in plain torch: losses, norms of the gradient before clipping, trained parameters."""
+    config = small_config(stage, optim=optim)
     model = small_model(config)
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     if optimizer == "prodigy":
@@ -81,7 +88,8 @@ def reference(stage, accumulated=1, optimizer="adamw"):
             trained.values(), lr=1.0, betas=config.optim.betas, use_bias_correction=True, safeguard_warmup=True
         )
     else:
-        optimizer = torch.optim.AdamW(trained.values(), lr=config.optim.lr, betas=config.optim.betas, weight_decay=0.0)
+        settings = {"lr": config.optim.lr, "betas": config.optim.betas, "eps": config.optim.eps, "weight_decay": 0.0}
+        optimizer = torch.optim.AdamW(trained.values(), **settings)
     losses, norms = [], []
     for step in range(STEPS):
         numbers = range(step * 2 * accumulated, (step + 1) * 2 * accumulated)
@@ -112,6 +120,32 @@ def test_two_ranks_train_as_plain_torch_does(two_ranks, stage, zero_stage):
     assert_equal_training(two_ranks[f"{stage}-zero{zero_stage}"], reference(stage))
 
 
+def distance(parameters, dtype=torch.float32):
+    """How far training moved the parameters from their start in `dtype`, summed over the parameters."""
+    start = dict(small_model(small_config("stage2")).named_parameters())
+    return sum((value - start[name].to(dtype).float()).norm().item() for name, value in parameters.items())
+
+
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+def test_gradients_are_clipped_by_their_norm_over_all_ranks(two_ranks, zero_stage):
+    expected = reference("stage2", **CLIPPED)
+    assert min(expected[1]) > 5 * CLIPPED["clip_norm"]
+    assert_equal_training(two_ranks[f"clipped-zero{zero_stage}"], expected)
+    unclipped = reference("stage2", eps=CLIPPED["eps"])[2]
+    changed = [(expected[2][name] - value).abs().max() > 1e-4 for name, value in unclipped.items()]
+    assert sum(changed) > len(changed) / 2, "the test would not see whether anything is clipped"
+
+
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+def test_bf16_is_clipped_over_accumulated_gradients(two_ranks, zero_stage):
+    facts, parameters = two_ranks[f"clipped-bf16-zero{zero_stage}"]
+    _, norms, trained = reference("stage2", accumulated=2, **CLIPPED)
+    assert facts["grad_norms"] == pytest.approx(norms, rel=0.03)
+    unclipped = reference("stage2", accumulated=2, eps=CLIPPED["eps"])[2]
+    assert distance(unclipped) > 1.5 * distance(trained)
+    assert distance(parameters, torch.bfloat16) == pytest.approx(distance(trained), rel=0.1)
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_zero_stages_agree(two_ranks, stage):
     first = two_ranks[f"{stage}-zero1"][0]["losses"]
@@ -128,7 +162,7 @@ def test_what_is_trained_and_what_is_not(two_ranks, name):
     facts, parameters = two_ranks[name]
     assert facts["changed_frozen"] == facts["gradients_of_frozen"] == []
     assert facts["num_trained"] == facts["own_numel"] == sum(p.numel() for p in parameters.values())
-    if not name.startswith(("bf16", "prodigy")):  # bf16 rounds small updates of the compute parameters away
+    if "bf16" not in name and not name.startswith("prodigy"):  # bf16 rounds small updates of the compute parameters away
         assert facts["unchanged_trained"] == []
     assert facts["written"]
     assert facts["skipped"] == [0] * STEPS
