@@ -76,7 +76,7 @@ def test_t5_states_are_dropped_on_all_ranks_at_once():
     assert dropped == [drop_t5(batch, config, s, n).t5_states is None for s in range(300) for n in (0, 1)]
     assert drop_t5(batch, small_config(), 0, 0) is batch
     other = small_config(seed=1, data={"drop_t5_rate": 0.3})
-    assert dropped != [drop_t5(batch, other, step, number).t5_states is None for step in range(300) for number in (0, 1)]
+    assert dropped != [drop_t5(batch, other, s, n).t5_states is None for s in range(300) for n in (0, 1)]
 
 
 # --- optimizers and schedules

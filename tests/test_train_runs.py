@@ -1,6 +1,7 @@
 """Whole runs of the command `train` on the model tiny, as processes: stopping, going on, and what ends a run."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -153,6 +154,10 @@ def test_the_loss_falls_on_real_files(tmp_path):
     got = [loss for _, loss, _ in losses(tmp_path / "run")]
     assert sum(got[-10:]) / 10 < 0.93 * sum(got[:5]) / 5
     assert checkpoints(tmp_path / "run") == ["step-00000040"]
+    table = (HERE.parent / "docs" / "training.md").read_text().split("## What a run writes")[1].split("\n## ")[0]
+    rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    assert set(re.findall(r"`(\w+)`", " ".join(rows))) == next(read_metrics(tmp_path / "run")).keys()
+    assert "finished after step 40; make a model of it with: uniworld export " in done.stderr
 
 
 def test_bad_samples_over_the_share_are_shown_in_a_table(tmp_path):
@@ -168,3 +173,19 @@ def test_bad_samples_over_the_share_are_shown_in_a_table(tmp_path):
     assert [line for line in lines if line.startswith("error:")] == [
         "error: data.max_bad_share=0.01: 1 of 4 samples cannot be used"
     ]
+
+
+def test_data_that_is_not_there_is_named_before_anything_is_loaded(tmp_path, monkeypatch):
+    from uniworld.config import TrainConfig, from_dict
+    from uniworld.train import build
+    from uniworld.train.trainer import Trainer
+
+    monkeypatch.setattr(build, "load_parts", lambda *_: pytest.fail("the model was loaded"))
+    tree = SETTINGS | {"run_dir": str(tmp_path / "run")}
+    for data, message in (
+        ({"sources": [{"path": "nowhere.txt"}]}, r"data.sources\[0\].path=nowhere.txt: no such file or folder"),
+        ({}, "data.sources: must name at least one source"),
+        ({"precomputed": "nowhere"}, "data.precomputed=nowhere: holds no manifest.json"),
+    ):
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            Trainer(from_dict(TrainConfig, tree | {"data": data})).run()

@@ -162,7 +162,7 @@ def test_what_is_trained_and_what_is_not(two_ranks, name):
     facts, parameters = two_ranks[name]
     assert facts["changed_frozen"] == facts["gradients_of_frozen"] == []
     assert facts["num_trained"] == facts["own_numel"] == sum(p.numel() for p in parameters.values())
-    if "bf16" not in name and not name.startswith("prodigy"):  # bf16 rounds small updates of the compute parameters away
+    if "bf16" not in name and not name.startswith("prodigy"):  # bf16 parameters round small updates away
         assert facts["unchanged_trained"] == []
     assert facts["written"]
     assert facts["skipped"] == [0] * STEPS

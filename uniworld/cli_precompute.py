@@ -47,7 +47,9 @@ def precompute(
 
 
 def _summary(done) -> str:
-    size = f"{done.num_samples:,} samples, {done.num_bytes / 2**30:.2f} GiB"
+    from uniworld.train.writer import in_words
+
+    size = f"{done.num_samples:,} samples, {in_words(done.num_bytes)}"
     if done.num_missing:
         return f"{done.num_missing} of {done.num_shards} shards are still being made by other processes"
     return f"{size} in {done.num_shards} shards; train from them with data.precomputed={done.folder}"
