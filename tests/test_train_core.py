@@ -3,6 +3,7 @@
 import builtins
 import json
 import math
+import re
 import sys
 import types
 from dataclasses import replace
@@ -314,6 +315,16 @@ def test_a_line_says_what_matters(tmp_path, capsys):
     lines = capsys.readouterr().err.splitlines()
     assert lines[0].startswith("step 1/10  loss 1.0000") and lines[-1].startswith("step 10/10  loss 10.0000")
     assert len(lines) == 2  # a log that is no terminal gets a line every 10 s, and the last
+
+
+def test_bar_and_figures_fit_a_narrow_terminal(tmp_path, monkeypatch, capsys):
+    for name, value in {"FORCE_COLOR": "1", "TERM": "xterm", "COLUMNS": "80"}.items():
+        monkeypatch.setenv(name, value)
+    logged(tmp_path, [1, 2])
+    lines = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", capsys.readouterr().err).replace("\r", "\n").splitlines()
+    assert lines[-2].startswith("training") and " 2/10 " in lines[-2]
+    assert lines[-1].strip() == described(RECORD | {"loss": 2.0})
+    assert "MFU 40%" in lines[-1] and max(map(len, lines)) <= 80
 
 
 def test_tensorboard_that_is_missing_is_named(tmp_path):

@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+from rich.text import Text
 
 from uniworld.config import TrainConfig, to_dict
 from uniworld.train.checkpoints import flush_file
@@ -111,17 +112,17 @@ class _Shown:
     def __init__(self, num_steps: int, first_step: int):
         self.num_steps, self._last_line_s = num_steps, -math.inf
         self.console = Console(stderr=True)
-        self._bar: Progress | None = None
+        self._bar: _Bar | None = None
         if self.console.is_terminal:
-            columns = TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-            self._bar = Progress(*columns, TextColumn("{task.fields[text]}"), console=self.console)
-            self._task = self._bar.add_task("training", total=num_steps, completed=first_step, text="")
+            self._bar = _Bar("training", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=self.console)
+            self._task = self._bar.add_task("training", total=num_steps, completed=first_step)
             self._bar.start()
 
     def show(self, step: int, record: dict[str, Any]) -> None:
         text = described(record)
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, text=text)
+            self._bar.figures = text
+            self._bar.update(self._task, completed=step)
         elif step == self.num_steps or time.monotonic() - self._last_line_s >= LINE_EVERY_S:
             self._last_line_s = time.monotonic()
             self.print(f"step {step}/{self.num_steps}  {text}")
@@ -132,6 +133,17 @@ class _Shown:
     def close(self) -> None:
         if self._bar is not None:
             self._bar.stop()
+
+
+class _Bar(Progress):
+    """A bar with the figures of the last record below it, so that both fit a narrow terminal."""
+
+    figures = ""
+
+    def get_renderables(self) -> Iterator[Any]:
+        yield from super().get_renderables()
+        if self.figures:
+            yield Text(self.figures, no_wrap=True, overflow="ellipsis")
 
 
 def described(record: dict[str, Any]) -> str:
