@@ -253,6 +253,14 @@ def test_bugs_are_told_from_mistakes(run, fake, monkeypatch):
         cli.main()
 
 
+def test_out_of_memory_says_what_helps(run, fake, monkeypatch):
+    fake.fail = type("OutOfMemoryError", (RuntimeError,), {})("tried to allocate 2 GiB")
+    code, _, err = run("generate", "cat")
+    assert code == 2 and "out of GPU memory (tried to allocate 2 GiB); try a smaller --size" in err
+    monkeypatch.setitem(sys.modules, "uniworld.train.trainer", None)
+    assert "; try sharding.checkpoint_blocks=[double,single], " in run("generate", "cat")[2]
+
+
 # Drawing
 
 

@@ -51,6 +51,16 @@ KILLED = [(ranks, kill) for ranks in (1, 2) for kill in KILLS]
 QUICK_KILLED = [(1, "done 11"), (1, "file 1"), (2, "done 11"), (2, "file 1"), (2, "commit")]
 CHANGED = [(z, before, after) for z in STAGES for before, after in ((2, 1), (1, 2))]
 QUICK_STAGES = (2,)
+# DeepSpeed then takes another optimizer wrapper, which keeps fp32 gradients between micro-batches.
+ACCUMULATED = {
+    "sharding": {"zero_stage": 1, "dtype": "bf16", "accumulation_steps": 2},
+    "stage": {"preset": "stage2"},
+}
+ACCUMULATING = [
+    scenario("accumulated-whole", (2, 8), **ACCUMULATED),
+    scenario("accumulated-killed", (2, 8, "done 6"), (2, 8), **ACCUMULATED),
+    scenario("accumulated-2to1", (2, 5), (1, 5), **ACCUMULATED),
+]
 GOES_ON = scenario("2to1-goes-on", (2, 10), (1, 12), (2, 14))
 
 
@@ -87,7 +97,7 @@ def quick_runs(tmp_path_factory):
 @pytest.fixture(scope="module")
 def slow_runs(tmp_path_factory):
     pytest.importorskip("deepspeed")
-    scenarios = WHOLE + [killed(*case) for case in KILLED if case not in QUICK_KILLED] + [GOES_ON]
+    scenarios = WHOLE + [killed(*case) for case in KILLED if case not in QUICK_KILLED] + [GOES_ON, *ACCUMULATING]
     return run(scenarios + divided([z for z in STAGES if z not in QUICK_STAGES]), tmp_path_factory.mktemp("slow"), 1100)
 
 
@@ -151,6 +161,14 @@ def test_another_number_of_ranks(runs, zero_stage, before, after):
     folder = runs / f"zero{zero_stage}-{before}to{after}"
     assert_same_state(folder / f"end-{before}.pt", folder / f"end-{after}.pt")
     assert len(seen(folder, 0)) == 7, "the second process had nothing to do"
+
+
+@pytest.mark.slow
+def test_accumulating_runs_resume_bit_by_bit(runs):
+    steps = [s for s, _, _ in seen(runs / "accumulated-killed", 1)]
+    assert steps == [s for s in (*range(1, 7), *range(6, 9)) for _ in range(2)]
+    assert_same_state(runs / "accumulated-killed" / "end-2.pt", runs / "accumulated-whole" / "end-2.pt")
+    assert_same_state(runs / "accumulated-2to1" / "end-2.pt", runs / "accumulated-2to1" / "end-1.pt")
 
 
 @pytest.mark.slow

@@ -129,7 +129,7 @@ class RandomPictures:
         self.next_number = state["next_number"]
 
 
-def open_random_pictures(config, parts, world, shown) -> Batches:
+def open_random_pictures(config, parts, world, shown=False) -> Batches:
     """In place of `build.open_batches`."""
     source = RandomPictures(config, parts, world.rank, world.size)
     encoders = Encoders(parts, use_siglip=inserts_siglip(config.stage), use_t5=config.model.use_t5)

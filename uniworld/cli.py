@@ -382,6 +382,8 @@ def _complain(error: Exception) -> int:
         return EXIT_USER_ERROR
     if type(error).__name__ == "OutOfMemoryError":
         hint = "try a smaller --size, --vae-tiling or --no-t5"
+        if "uniworld.train.trainer" in sys.modules:
+            hint = "try sharding.checkpoint_blocks=[double,single], data.precomputed or sharding.zero_stage=3"
         print(f"error: out of GPU memory ({_one_line(str(error))[:120]}); {hint}", file=sys.stderr)
         return EXIT_USER_ERROR
     where = "set UNIWORLD_DEBUG=1 to see where"
