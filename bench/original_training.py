@@ -34,7 +34,8 @@ class OriginalTraining:
     Args:
         model: every part, frozen.
         transformer: diffusers' DiT on the weights of `model`.
-        config: stage, optimizer, clipping, EMA and gradient checkpointing.
+        config: stage, optimizer, clipping and EMA. Stage 2 recomputes all blocks in the backward pass, as the authors
+            do to fit their GPUs, whatever the config says.
         ema_of_frozen: keep averages of the frozen parameters too, as the authors do.
     """
 
@@ -47,7 +48,7 @@ class OriginalTraining:
         for p in self.trained.values():
             p.data = p.data.clone()
             p.requires_grad_(True)
-        if config.sharding.checkpoint_blocks:
+        if self.stage2:
             transformer.enable_gradient_checkpointing()
         self.masters = {name: self._master(p) for name, p in self.trained.items()}
         optim = config.optim

@@ -125,7 +125,8 @@ class Ours:
 
         batches = build.Batches(itertools.repeat(batch), encode, lambda: 0)
         self.trainer = Trainer(config, quiet=True)
-        with mock.patch.multiple(build, load_parts=lambda *_: model, open_batches=lambda *_: batches):
+        given = {"load_parts": lambda *_: model, "open_batches": lambda *_: batches, "check": lambda *_: None}
+        with mock.patch.multiple(build, **given):
             self.trainer._build()
 
     def step(self, batch: TrainBatch | EncodedBatch) -> float:

@@ -18,6 +18,7 @@ from uniworld.models.flux import FluxConfig
 from uniworld.train import sharding
 from uniworld.train.blocks import prepare_blocks
 from uniworld.train.ema import ShardedEMA
+from uniworld.train.lora import add_lora
 from uniworld.train.memory import BatchShape, LiveBytes, ModelShape
 from uniworld.train.model import EncodedBatch, TrainModel
 from uniworld.train.stages import freeze_except, inserts_siglip, patterns_of
@@ -70,6 +71,8 @@ def build(config: TrainConfig, world: sharding.World) -> tuple[sharding.Sharded,
         FluxTransformer(SHAPE.denoiser), Connector(*SHAPE.denoise_projector), Connector(*SHAPE.siglip_projector)
     )
     torch.set_default_dtype(torch.float32)
+    if config.model.lora_rank is not None:
+        add_lora(model.denoiser, config.model.lora_rank)
     freeze_except(model, patterns_of(config))
     prepare_blocks(model.denoiser, config.sharding)
     sharded = sharding.Sharded(model, config, world)

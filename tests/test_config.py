@@ -140,7 +140,7 @@ def test_our_configs_are_valid(path):
 
 
 def test_the_papers_settings_are_in_our_configs():
-    """Stage 1: AdamW at 1e-3; stage 2: at 1e-6 after 5,000 warm-up steps, with gradient checkpointing."""
+    """Stage 1: AdamW at 1e-3; stage 2: at 1e-6 after 5,000 warm-up steps. Nothing is recomputed, as it fits without."""
     folder = CONFIGS[0].parent
     first, second = load_config(folder / "stage1_512.yaml"), load_config(folder / "stage2_512.yaml")
     for config in (first, second):
@@ -148,5 +148,5 @@ def test_the_papers_settings_are_in_our_configs():
         assert (config.ema.decay, config.data.anchor_px, config.sharding.zero_stage) == (0.999, 512 * 512, 2)
     assert (first.optim.lr, first.stage.preset) == (1e-3, "stage1")
     assert (second.optim.lr, second.optim.warmup_steps, second.stage.preset) == (1e-6, 5000, "stage2")
-    assert set(second.sharding.checkpoint_blocks) == {"double", "single"}
+    assert second.sharding.checkpoint_blocks == ()
     assert second.data.region_weight == "log"

@@ -38,6 +38,7 @@ CASES = {
     "accumulated ZeRO 2": case("stage2", 2, accumulation_steps=2),
     "accumulated ZeRO 3": case("stage2", 3, accumulation_steps=2),
     "prodigy": case("stage2", 2) | {"optim": {"name": "prodigy", "lr": 1.0}},
+    "LoRA": case("lora", 2) | {"model": {"lora_rank": 8}},
     "without EMA": case("stage2", 2) | {"ema": {"enabled": False}},
 }
 # Of one rank the allocator's own events; of two the living storages, as gloo frees on threads that nobody records.

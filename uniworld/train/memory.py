@@ -157,7 +157,7 @@ class _ShapedModel(TrainModel):
 
 
 def shaped_model(config: TrainConfig, shape: ModelShape) -> TrainModel:
-    """The model of a run without memory; inside a `FakeTensorMode` it computes shapes, else it is on meta."""
+    """The model of a run, on the device of the context."""
     model = _ShapedModel(
         FluxTransformer(shape.denoiser), Connector(*shape.denoise_projector), Connector(*shape.siglip_projector)
     )
@@ -183,13 +183,10 @@ def trace_step(
             what is returned stays. None keeps gradients.
         zero3: with the linears of ZeRO 3, which keep more.
     """
-    default = torch.get_default_dtype()
+    with torch.device("meta"):
+        model = shaped_model(config, shape)
     with FakeTensorMode():
-        torch.set_default_dtype(dtype)
-        try:
-            model = shaped_model(config, shape)
-        finally:
-            torch.set_default_dtype(default)
+        _move_from_meta(model, dtype)
         prepare_blocks(model.denoiser, config.sharding)
         encoded, latents, noise, sigma = _inputs(shape, batch, dtype)
         shares: list[Tensor | None] = []
@@ -209,6 +206,20 @@ def trace_step(
             live.peak = live.now
             loss.backward()
         return StepPeaks(kept, forward_peak, live.peak)
+
+
+def _move_from_meta(model: nn.Module, dtype: torch.dtype) -> None:
+    """Put tensors of the current `FakeTensorMode` in the place of those on meta, parameters in `dtype`.
+
+    They are put in one by one, since peft cannot make its factors inside the mode.
+    """
+    for module in model.modules():
+        for name, p in module._parameters.items():
+            if p is not None:
+                module._parameters[name] = nn.Parameter(torch.empty(p.shape, dtype=dtype), p.requires_grad)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
 
 
 def trained_shapes(config: TrainConfig, shape: ModelShape) -> list[tuple[int, bool]]:
