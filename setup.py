@@ -97,7 +97,7 @@ def core_extension():
     )
 
 
-ROOMS = ("kernels", "models", "checkpoint", "engine", "data", "train")
+ROOMS = ("kernels", "models", "checkpoint", "engine", "data", "data.scenes", "train")
 
 setup(
     packages=["uniworld", *(f"uniworld.{room}" for room in ROOMS)],
