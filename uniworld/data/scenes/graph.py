@@ -55,6 +55,9 @@ POSES = {
     "kicking": (64.0, 6.0, 84.0, 6.0, 58.0, -6.0, 2.0, 0.0),
 }
 
+# Of a doll, in multiples of its radius: where the limb starts beside the middle, its two bones, and the hand or foot.
+ARM, LEG = (0.5, 0.52, 0.5, 0.16), (0.24, 0.74, 0.7, 0.12)
+
 LEFT_OF_MARGIN, BEHIND_MARGIN = 0.25, 0.2  # of floor x and z: nearer than that, neither side is said
 
 
@@ -146,8 +149,20 @@ def has_held_out(scene: Scene) -> bool:
 
 
 def footprint_radius(thing: Thing) -> float:
-    """Radius of the circle on the floor that holds the thing, world units."""
-    return FOOTPRINTS[thing.shape] * thing.radius
+    """Radius of the circle on the floor over which the thing stands, spread arms and legs included, world units."""
+    reach = max(FOOTPRINTS["doll"], *doll_reach(thing.pose)) if thing.shape == "doll" else FOOTPRINTS[thing.shape]
+    return reach * thing.radius
+
+
+def doll_reach(pose: tuple[float, ...]) -> tuple[float, ...]:
+    """How far each limb of a doll reaches from its middle, in multiples of its radius: left and right arm and leg."""
+    angles = [math.radians(angle) for angle in pose or POSES["standing"]]
+    reaches = []
+    for limb, (start, upper, lower, end) in zip((0, 2, 4, 6), (ARM, ARM, LEG, LEG)):
+        first, second = angles[limb], angles[limb] + angles[limb + 1]
+        elbow = start + upper * math.sin(first)
+        reaches.append(max(elbow, elbow + (lower + end) * math.sin(second)) + 0.1)
+    return tuple(reaches)
 
 
 def gap(a: Thing, b: Thing) -> float:

@@ -1,0 +1,86 @@
+"""`render`: the picture of a scene, and what every pixel of it shows."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from uniworld.data.scenes import backdrops, camera, shading, solids, styles, surfaces
+from uniworld.data.scenes.graph import Scene
+from uniworld.kernels import extension
+
+SIZE_STEP_PX = 16
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A scene's picture and its exact geometry at the pixel centres. H = W = size_px."""
+
+    scene: Scene
+    image: np.ndarray
+    """uint8 [H, W, 3], sRGB, in the scene's style."""
+    ids: np.ndarray
+    """uint8 [H, W]: 0 where the background shows, i + 1 where the i-th thing does."""
+    depth: np.ndarray
+    """float32 [H, W]: distance along the view to the thing, floor or wall, world units."""
+    normal: np.ndarray
+    """float32 [H, W, 3]: unit normals in camera space (x right, y down, z away)."""
+    joints: dict[int, np.ndarray]
+    """Of each doll by its index: pixels and depth [14, 3] in the order of `doll.JOINT_NAMES`."""
+
+
+def render(scene: Scene, size_px: int = 128) -> Rendered:
+    """Draw a scene. The same scene gives the same bytes.
+
+    Raises:
+        ValueError: size_px is no positive multiple of 16.
+    """
+    check_size(size_px)
+    tables = solids.tables(scene)
+    light, floor_rays, solid_rays = surfaces.light_rows(scene.light)
+    backdrop = backdrops.backdrop(scene.background, scene.seed % backdrops.NUM_VARIANTS, size_px)
+    around = _around(light, backdrop)
+    draw = _draw_core if extension.has("scene_picture") else shading.picture
+    image = draw(tables, view(), light, floor_rays, solid_rays, around, backdrop.albedo, surfaces.srgb_table())
+    ids, depth, normal, _ = geometry(tables, size_px)
+    joints = {index: _in_picture(points, size_px) for index, points in tables.joints.items()}
+    return Rendered(scene, styles.apply(scene.style, image), ids, depth, normal, joints)
+
+
+def check_size(size_px: int) -> None:
+    if size_px <= 0 or size_px % SIZE_STEP_PX:
+        raise ValueError(f"size_px={size_px}: must be a positive multiple of {SIZE_STEP_PX}")
+
+
+def visible_shares(scene: Scene, size_px: int = 64) -> np.ndarray:
+    """float64 [things]: the share of each thing's pixels that no other thing hides; 0 for one outside the picture."""
+    ids, _, _, covered = geometry(solids.tables(scene), size_px)
+    seen = np.bincount(ids.ravel(), minlength=len(scene.things) + 1)[1:]
+    return seen / np.maximum(covered, 1)
+
+
+def geometry(tables: solids.Tables, size_px: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """ids, depth and normals as `Rendered` has them, and how many pixels each thing would cover alone."""
+    run = _geometry_core if extension.has("scene_geometry") else shading.geometry
+    return run(tables, view(), size_px)
+
+
+@lru_cache(maxsize=1)
+def view() -> np.ndarray:
+    """float64 [14]: the camera as the ray caster takes it."""
+    axes = (camera.POSITION, camera.RIGHT, camera.UP, camera.FORWARD)
+    return np.array([v for axis in axes for v in axis] + [camera.TAN_HALF_FOV, camera.WALL_Z])
+
+
+def _around(light: np.ndarray, backdrop: backdrops.Backdrop) -> np.ndarray:
+    """float64 [13]: what shines back on things from floor and wall under this light."""
+    on_floor = light[6:9] + light[3:6] * light[1]
+    on_wall = light[6:9] + 0.55 * light[3:6]
+    bounce = light[9] * (light[6:9] + 0.45 * light[3:6]) * (0.35 + 0.65 * backdrop.floor)
+    around = [backdrop.floor * on_floor, backdrop.low * on_wall, backdrop.high * on_wall, bounce]
+    return np.concatenate([*around, [float(backdrop.wall_lit)]])
+
+
+def _in_picture(points: np.ndarray, size_px: int) -> np.ndarray:
+    depth = camera.to_camera(points)[:, 2:]
+    return np.concatenate([camera.project(points, size_px), depth], 1)
