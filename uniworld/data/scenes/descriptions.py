@@ -26,12 +26,14 @@ WAYS = {
     ("colour", "material", "size"): 0.2,
     ATTRIBUTES: 0.5,
 }
-EXTREMES: dict[str, Callable[[Thing, Thing], bool]] = {
-    "left": left_of,
-    "right": right_of,
-    "front": in_front_of,
-    "back": behind,
+DULL, DULL_RATE = {"size": "medium", "material": "matte"}, 0.15  # what is seldom named, and how much less often
+RELATIONS: dict[str, Callable[[Thing, Thing], bool]] = {
+    "left of": left_of,
+    "right of": right_of,
+    "in front of": in_front_of,
+    "behind": behind,
 }
+EXTREMES = dict(zip(("left", "right", "front", "back"), RELATIONS.values()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +83,7 @@ def describe(
     ways = [way for way in WAYS if not set(way) & set(without)]
     enough = [way for way in ways if not any(set(way) <= same for same in alike)]
     if enough:
-        return attributes_of(thing, _draw_way(enough, rng))
+        return attributes_of(thing, _draw_way(enough, thing, rng))
     if not place:
         return None
     found = []
@@ -105,6 +107,7 @@ def _alike(scene: Scene, index: int) -> list[set[str]]:
     ]
 
 
-def _draw_way(ways: list[tuple[str, ...]], rng: np.random.Generator) -> tuple[str, ...]:
-    weights = np.cumsum([WAYS[way] for way in ways])
+def _draw_way(ways: list[tuple[str, ...]], thing: Thing, rng: np.random.Generator) -> tuple[str, ...]:
+    dull = {name for name, value in DULL.items() if getattr(thing, name) == value}
+    weights = np.cumsum([WAYS[way] * (DULL_RATE if dull & set(way) else 1) for way in ways])
     return ways[int(np.searchsorted(weights, rng.random() * weights[-1], side="right"))]

@@ -142,9 +142,9 @@ let {the} shrink
 can {the} be smaller?
 # size
 make {the} {size}
-change the size of {the} to {size}
-resize {the} to {size}
+let {the} be {size}
 turn {the} into a {size} one
+change {the} so that it is {size}
 # size_said
 {the} should be {size}
 I want {the} to be {size}
@@ -230,7 +230,7 @@ make it {style}
 redraw this as {style}
 render this as {style}
 convert the image to {style}
-change the style to {style}
+change the style to {style_name}
 transform it into {style}
 repaint the scene as {style}
 # style_said

@@ -142,14 +142,14 @@ EDIT_PHRASES = parse_phrases("""
 我想看到它们{background_at}
 
 # style
-把这张图变成{style}
-转换成{style}
-把画面改成{style}风格
-用{style}的风格重画
-画成{style}
+把这张图变成{style_name}
+转换成{style_name}
+把画面改成{style_name}风格
+用{style_name}的风格重画
+画成{style_name}
 # style_said
-我想要一张{style}
-能变成{style}吗？
+我想要一张{style_name}
+能变成{style_name}吗？
 
 # move left
 把{the}向左移

@@ -73,7 +73,7 @@ please create this picture: {caption}
 # caption place
 {the_1} is {relation} {the_2}.
 {the_1} stands {relation} {the_2}.
-{a_the_1} can be seen {relation} {the_2}.
+{the_1} can be seen {relation} {the_2}.
 # ask caption
 describe this picture
 describe the image briefly

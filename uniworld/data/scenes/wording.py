@@ -51,9 +51,12 @@ class Wording:
         """The one word that answers use."""
         return getattr(self.words, table)[key][0]
 
-    def fill(self, section: str, **slots: Any) -> str:
-        """A template of the section with its slots filled."""
-        return self.pick(self.phrases[section]).format(**slots)
+    def fill(self, section: str, *, using: Sequence[str] = (), **slots: Any) -> str:
+        """A template of the section with its slots filled; one that holds all of the texts `using`."""
+        templates = self.phrases[section]
+        if using:
+            templates = [template for template in templates if all(text in template for text in using)]
+        return self.pick(templates).format(**slots)
 
     def order(self, section: str, *, joined: bool = False, **slots: Any) -> str:
         """As `fill`, now and then as a wish or a question where the section has such; an order if it is `joined`."""
@@ -66,19 +69,31 @@ class Wording:
         raise NotImplementedError
 
     def a(self, description: Description, number: int = 1) -> str:
-        """"a red ball", "two red balls"."""
+        """Such as "a red ball" or "two red balls"."""
         raise NotImplementedError
 
     def plural(self, description: Description) -> str:
-        """"red balls", as one counts them."""
+        """Such as "red balls", as one counts them."""
         raise NotImplementedError
 
     def listed(self, parts: Sequence[str]) -> str:
-        """"a, b and c"."""
+        """Such as "a, b and c"."""
+        raise NotImplementedError
+
+    def joined(self, sentences: Sequence[str]) -> str:
+        """Whole sentences one after the other."""
         raise NotImplementedError
 
     def sentence(self, text: str) -> str:
         """As somebody would type it: now and then without a capital letter or a full stop."""
+        raise NotImplementedError
+
+    def article(self, word: str) -> str:
+        """The word with its indefinite article, where the language has one."""
+        raise NotImplementedError
+
+    def shape(self, shape: str) -> str:
+        """The canonical name of a shape, such as "ball"."""
         raise NotImplementedError
 
     def name(self, thing: Thing) -> str:
@@ -99,7 +114,7 @@ class English(Wording):
     def a(self, description: Description, number: int = 1) -> str:
         noun = self._noun(description, plural=number != 1)
         if number == 1:
-            return with_article(noun)
+            return self.article(noun)
         return f"{self.words.NUMBERS[number]} {noun}"
 
     def plural(self, description: Description) -> str:
@@ -109,6 +124,9 @@ class English(Wording):
         *first, last = parts
         return f"{', '.join(first)} and {last}" if first else last
 
+    def joined(self, sentences: Sequence[str]) -> str:
+        return " ".join(sentences)
+
     def sentence(self, text: str) -> str:
         if self.chance(0.5):
             text = text[0].upper() + text[1:]
@@ -117,8 +135,14 @@ class English(Wording):
             text += "."
         return text[:-1] if asks and self.chance(0.1) else text
 
+    def article(self, word: str) -> str:
+        return f"{'an' if word[0] in 'aeiou' else 'a'} {word}"
+
+    def shape(self, shape: str) -> str:
+        return self.words.SHAPES[shape][0][0]
+
     def name(self, thing: Thing) -> str:
-        return f"{self.canonical('COLOURS', thing.colour)} {self.canonical('SHAPES', thing.shape)[0]}"
+        return f"{self.canonical('COLOURS', thing.colour)} {self.shape(thing.shape)}"
 
     def _noun(self, description: Description, plural: bool) -> str:
         tables = (("SIZES", description.size), ("COLOURS", description.colour), ("MATERIALS", description.material))
@@ -144,27 +168,43 @@ class Chinese(Wording):
 
     def plural(self, description: Description) -> str:
         parts = []
-        if description.colour:
-            parts.append(f"{self.word('COLOURS', description.colour)}的")
-        if description.material:
-            parts.append(self.word("MATERIALS", description.material))
+        noun = self.pick(self.words.SHAPES[description.shape] if description.shape else self.words.THING)
         if description.size:
             size = self.word("SIZES", description.size)
-            parts.insert(0 if size.endswith("的") else len(parts), size)
-        noun = self.pick(self.words.SHAPES[description.shape] if description.shape else self.words.THING)
+            if size.endswith("的"):
+                parts.append(size)
+            else:
+                noun = size + noun
+        if description.material:
+            parts.append(self.word("MATERIALS", description.material))
+        if description.colour:
+            colour = self.word("COLOURS", description.colour)
+            if self.chance(0.6):
+                noun = colour + noun
+            else:
+                parts.append(f"{colour}的")
         return "".join([*parts, noun])
 
     def listed(self, parts: Sequence[str]) -> str:
         *first, last = parts
         return f"{'、'.join(first)}和{last}" if first else last
 
+    def joined(self, sentences: Sequence[str]) -> str:
+        return "".join(sentences)
+
     def sentence(self, text: str) -> str:
         if text[-1] in "。？":
             return text[:-1] if text[-1] == "？" and self.chance(0.1) else text
         return f"{text}。" if self.chance(0.4) else text
 
+    def article(self, word: str) -> str:
+        return word
+
+    def shape(self, shape: str) -> str:
+        return self.words.SHAPES[shape][0]
+
     def name(self, thing: Thing) -> str:
-        return f"{self.canonical('COLOURS', thing.colour)}的{self.canonical('SHAPES', thing.shape)}"
+        return f"{self.canonical('COLOURS', thing.colour)}的{self.shape(thing.shape)}"
 
 
 WORDINGS: dict[str, type[Wording]] = {"en": English, "zh": Chinese}
@@ -175,8 +215,3 @@ def wording(language: str, rng: np.random.Generator) -> Wording:
     if language not in WORDINGS:
         raise ValueError(f"language={language!r}: must be one of {', '.join(WORDINGS)}")
     return WORDINGS[language](rng)
-
-
-def with_article(noun: str) -> str:
-    """"a red ball", "an orange ball"."""
-    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"

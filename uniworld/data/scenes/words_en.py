@@ -50,6 +50,16 @@ BACKGROUNDS = {
     "snow": ("snow", "a snowy landscape"),
     "desert": ("a desert", "the desert"),
 }
+BACKGROUND_NAMES = {
+    "studio": ("studio",),
+    "wood table": ("wooden table",),
+    "beach": ("beach",),
+    "meadow": ("meadow",),
+    "night": ("night sky",),
+    "tiles": ("tiled floor",),
+    "snow": ("snow",),
+    "desert": ("desert",),
+}
 BACKGROUNDS_AT = {
     "studio": ("in a studio", "in a photo studio"),
     "wood table": ("on a wooden table", "on a table of wood"),

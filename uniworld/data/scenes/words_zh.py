@@ -44,6 +44,7 @@ BACKGROUNDS = {
     "snow": ("雪地",),
     "desert": ("沙漠",),
 }
+BACKGROUND_NAMES = BACKGROUNDS
 BACKGROUNDS_AT = {
     "studio": ("在摄影棚里",),
     "wood table": ("在木桌上", "在木头桌子上"),
