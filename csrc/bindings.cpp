@@ -12,4 +12,5 @@ PYBIND11_MODULE(_core, m) {
   uniworld::bind_qk_norm_rope(m);
   uniworld::bind_ema_update(m);
   uniworld::bind_region_mask(m);
+  uniworld::bind_scene_render(m);
 }

@@ -45,5 +45,6 @@ void bind_gate_residual(pybind11::module_& m);
 void bind_qk_norm_rope(pybind11::module_& m);
 void bind_ema_update(pybind11::module_& m);
 void bind_region_mask(pybind11::module_& m);
+void bind_scene_render(pybind11::module_& m);
 
 }  // namespace uniworld

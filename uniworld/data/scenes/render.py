@@ -84,3 +84,31 @@ def _around(light: np.ndarray, backdrop: backdrops.Backdrop) -> np.ndarray:
 def _in_picture(points: np.ndarray, size_px: int) -> np.ndarray:
     depth = camera.to_camera(points)[:, 2:]
     return np.concatenate([camera.project(points, size_px), depth], 1)
+
+
+def _draw_core(tables, view_row, light, floor_rays, solid_rays, around, albedo, srgb) -> np.ndarray:
+    image = np.empty((*albedo.shape[:2], 3), np.uint8)
+    rays = (light.ctypes.data, _table(floor_rays), _table(solid_rays))
+    extension.core().scene_picture(
+        *_tables(tables), view_row.ctypes.data, *rays, around.ctypes.data, albedo.ctypes.data, _table(srgb),
+        len(albedo), image.ctypes.data,
+    )  # fmt: skip
+    return image
+
+
+def _geometry_core(tables, view_row, size_px: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    shape = (size_px, size_px)
+    ids, depth = np.empty(shape, np.uint8), np.empty(shape, np.float32)
+    normal, covered = np.empty((*shape, 3), np.float32), np.empty(len(tables.things), np.int64)
+    out = [array.ctypes.data for array in (ids, depth, normal, covered)]
+    extension.core().scene_geometry(*_tables(tables), view_row.ctypes.data, size_px, *out)
+    return ids, depth, normal, covered
+
+
+def _table(rows: np.ndarray) -> tuple[int, int]:
+    return rows.ctypes.data, len(rows)
+
+
+def _tables(tables: solids.Tables) -> tuple:
+    counted = [_table(rows) for rows in (tables.solids, tables.things, tables.feet)]
+    return *counted, tables.dots.ctypes.data, tables.planes.ctypes.data

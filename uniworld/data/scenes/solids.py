@@ -21,9 +21,8 @@ KIND, THING, CENTRE, AXES, DIMS, BALL, BALL_RADIUS, BOUNDS, TONE, PLANE_START, P
 NUM_SOLID_COLUMNS = 28
 # Columns of `things`: linear colour, second colour of its pattern, material, bounding sphere, whether it shades
 # itself, stripe direction and offset, its rows of `dots`, the radius of its ambient shade, its nominal radius.
-COLOUR, SECOND, MATERIAL, HULL, HULL_RADIUS, SHADES_ITSELF, STRIPE, STRIPE_OFFSET, DOT_START, DOT_COUNT, SHADE, SCALE = (
-    slice(0, 3), slice(3, 6), 6, slice(7, 10), 10, 11, slice(12, 15), 15, 16, 17, 18, 19,
-)  # fmt: skip
+COLOUR, SECOND, MATERIAL, HULL, HULL_RADIUS = slice(0, 3), slice(3, 6), 6, slice(7, 10), 10
+SHADES_ITSELF, STRIPE, STRIPE_OFFSET, DOT_START, DOT_COUNT, SHADE, SCALE = 11, slice(12, 15), 15, 16, 17, 18, 19
 NUM_THING_COLUMNS = 20
 # Columns of `feet`, the rounded rectangles that darken the floor: thing, middle X and Z, cos and sin of the turn, half
 # sizes, rounding radius, fall-off length, strength.

@@ -1,0 +1,371 @@
+// Draws a still life: `uniworld/data/scenes/shading.py` is the definition, and this gives the same bytes.
+// One thread: a 128x128 picture takes a few milliseconds, and data loaders run one process a core.
+#include <vector>
+
+#include "core.h"
+#include "scene_solids.h"
+
+namespace uniworld {
+namespace {
+
+using namespace scene;
+
+enum Material { kMatte = 0, kGlossy, kMetal, kStriped, kDotted };
+constexpr double kStripeShare = 0.42, kNudge = 1e-3;
+
+struct Colour {
+  double c[3];
+};
+
+// The rows of the tables of `solids.py`, and the short vectors of `shading.py`.
+struct Thing {
+  double colour[3], second[3], material;
+  Vec hull;
+  double hull_radius, shades_itself;
+  Vec stripe;
+  double stripe_offset, dot_start, dot_count, shade, scale;
+};
+struct Foot {
+  double thing, x, z, cos, sin, half_x, half_z, rounding, falloff, strength;
+};
+struct Dot {
+  Vec centre;
+  double radius2;
+};
+struct View {
+  Vec position, right, up, forward;
+  double tangent, wall_z;
+};
+struct Light {
+  Vec towards;
+  double sun[3], sky[3], ground, softness;
+};
+struct Around {
+  double floor[3], low[3], high[3], bounce[3], wall_lit;
+};
+static_assert(sizeof(Thing) == 20 * sizeof(double) && sizeof(Foot) == 10 * sizeof(double));
+static_assert(sizeof(View) == 14 * sizeof(double) && sizeof(Light) == 11 * sizeof(double));
+static_assert(sizeof(Around) == 13 * sizeof(double) && sizeof(Dot) == 4 * sizeof(double));
+
+template <typename T>
+struct Rows {
+  const T* data;
+  int count;
+  const T* begin() const { return data; }
+  const T* end() const { return data + count; }
+  const T& operator[](int i) const { return data[i]; }
+};
+
+struct Tables {
+  Rows<Solid> solids;
+  Rows<Thing> things;
+  Rows<Foot> feet;
+  const Dot* dots;
+  const Plane* planes;
+};
+
+Vec view_ray(const View& view, double x, double y, int size) {
+  const double u = (2.0 * x / size - 1.0) * view.tangent, v = (1.0 - 2.0 * y / size) * view.tangent;
+  return unit((view.forward + u * view.right) + v * view.up);
+}
+
+// The nearest solid of each point of a grid of step x step points a pixel.
+struct Nearest {
+  int n;
+  std::vector<double> distance;
+  std::vector<int16_t> which;
+
+  // `on_hit(thing, index)` is called for every solid that a point's ray meets, hidden or not.
+  template <typename OnHit>
+  Nearest(const Tables& tables, const View& view, int size, int step, OnHit on_hit)
+      : n(size * step), distance(static_cast<size_t>(n) * n, kInfinity), which(static_cast<size_t>(n) * n, -1) {
+    for (int k = 0; k < tables.solids.count; ++k) {
+      const Solid& solid = tables.solids[k];
+      const Vec o = solid.to_axes(view.position - solid.centre);
+      const int y_end = std::min(static_cast<int>((solid.bottom * 0.5 + 0.5) * n) + 2, n);
+      const int x_end = std::min(static_cast<int>((solid.right * 0.5 + 0.5) * n) + 2, n);
+      const int x_begin = std::max(static_cast<int>((solid.left * 0.5 + 0.5) * n) - 1, 0);
+      for (int y = std::max(static_cast<int>((solid.top * 0.5 + 0.5) * n) - 1, 0); y < y_end; ++y) {
+        for (int x = x_begin; x < x_end; ++x) {
+          const Vec ray = view_ray(view, (x + 0.5) / step, (y + 0.5) / step, size);
+          const double t = hit_in_axes(solid, tables.planes, o, solid.to_axes(ray));
+          if (t == kInfinity) continue;
+          const size_t i = static_cast<size_t>(y) * n + x;
+          on_hit(solid.owner(), i);
+          if (t < distance[i]) {
+            distance[i] = t;
+            which[i] = static_cast<int16_t>(k);
+          }
+        }
+      }
+    }
+  }
+};
+
+double power(double x, int doublings) {
+  for (int i = 0; i < doublings; ++i) x = x * x;
+  return x;
+}
+
+double clamp01(double x) { return std::min(std::max(x, 0.0), 1.0); }
+
+Vec reflect(Vec direction, Vec normal) { return direction - (2.0 * dot(direction, normal)) * normal; }
+
+// Distance to the floor or to the wall behind it.
+double backdrop_hit(const View& view, Vec direction, bool* on_floor) {
+  const double to_floor = direction.y < 0.0 ? -view.position.y / direction.y : kInfinity;
+  const double to_wall = (view.wall_z - view.position.z) / direction.z;
+  *on_floor = to_floor < to_wall;
+  return std::min(to_floor, to_wall);
+}
+
+class Shader {
+ public:
+  Shader(const Tables& tables, const Light& light, const Around& around, Rows<Vec> floor_rays, Rows<Vec> solid_rays)
+      : tables_(tables), light_(light), around_(around), floor_rays_(floor_rays), solid_rays_(solid_rays) {}
+
+  Colour backdrop(const View& view, Vec direction, const float* albedo) const {
+    bool on_floor;
+    const double t = backdrop_hit(view, direction, &on_floor);
+    const Vec point = view.position + t * direction;
+    double shade = 1.0;
+    for (const Foot& foot : tables_.feet) shade = shade * foot_shade(foot, point);
+    const double lit = on_floor || around_.wall_lit > 0.0 ? lit_share(floor_rays_, point, -1) : 1.0;
+    const double sun = on_floor ? light_.towards.y * lit * (0.35 + 0.65 * shade) : 0.55 * lit;
+    const double ambient = on_floor ? shade : 1.0;
+    Colour out;
+    for (int i = 0; i < 3; ++i)
+      out.c[i] = static_cast<double>(albedo[i]) * (light_.sky[i] * ambient + light_.sun[i] * sun);
+    return out;
+  }
+
+  Colour solid(int k, Vec point, Vec direction) const {
+    const Solid& solid = tables_.solids[k];
+    const int t = solid.owner();
+    const Thing& thing = tables_.things[t];
+    const int material = static_cast<int>(thing.material);
+    const Vec normal = normal_at(solid, tables_.planes, point);
+    const double* tones = second_tone(thing, material, point) ? thing.second : thing.colour;
+    const double slope = std::max(dot(normal, light_.towards), 0.0);
+    const Vec start = point + kNudge * normal;
+    const double lit = slope > 0.0 ? lit_share(solid_rays_, start, thing.shades_itself > 0.0 ? -1 : t) : 0.0;
+    const double open = openness(t, point, normal), upward = 0.5 + 0.5 * normal.y, sun = slope * lit;
+    Colour base, out;
+    for (int i = 0; i < 3; ++i) {
+      base.c[i] = tones[i] * solid.tone;
+      const double ambient = light_.sky[i] * upward + around_.bounce[i] * (1.0 - upward);
+      out.c[i] = base.c[i] * (light_.sun[i] * sun + ambient * open);
+    }
+    if (material != kMatte) add_shine(material, t, base, normal, start, direction, lit, &out);
+    return out;
+  }
+
+ private:
+  // The share of the sun's disc that a point sees; `skip` is the thing whose shade does not count, or -1.
+  double lit_share(Rows<Vec> rays, Vec point, int skip) const {
+    const double spread = light_.softness * 1.05;
+    uint64_t blocked = 0;
+    const uint64_t all = (uint64_t{1} << rays.count) - 1;
+    for (const Solid& solid : tables_.solids) {
+      if (solid.owner() == skip || !near_ray(solid.ball, solid.ball_radius, spread, point, light_.towards)) continue;
+      const Vec o = solid.to_axes(point - solid.centre);
+      for (int k = 0; k < rays.count; ++k) {
+        if (blocked >> k & 1) continue;
+        const bool hits = hit_in_axes(solid, tables_.planes, o, solid.to_axes(rays[k])) < kInfinity;
+        blocked |= static_cast<uint64_t>(hits) << k;
+      }
+      if (blocked == all) break;
+    }
+    return 1.0 - static_cast<double>(__builtin_popcountll(blocked)) / static_cast<double>(rays.count);
+  }
+
+  static double foot_shade(const Foot& foot, Vec point) {
+    if (!(point.y < 1e-6)) return 1.0;
+    const double x = point.x - foot.x, z = point.z - foot.z;
+    const double across = std::max(std::abs(x * foot.cos - z * foot.sin) - foot.half_x, 0.0);
+    const double along = std::max(std::abs(x * foot.sin + z * foot.cos) - foot.half_z, 0.0);
+    const double distance = std::max(std::sqrt(across * across + along * along) - foot.rounding, 0.0);
+    const double near = std::max(1.0 - distance / foot.falloff, 0.0);
+    return 1.0 - foot.strength * (near * near);
+  }
+
+  bool second_tone(const Thing& thing, int material, Vec point) const {
+    if (material == kStriped) {
+      const double v = dot(thing.stripe, point) + thing.stripe_offset;
+      return v - std::floor(v) < kStripeShare;
+    }
+    if (material != kDotted) return false;
+    const Dot* first = tables_.dots + static_cast<int>(thing.dot_start);
+    return std::any_of(first, first + static_cast<int>(thing.dot_count), [&](const Dot& spot) {
+      const Vec m = point - spot.centre;
+      return dot(m, m) < spot.radius2;
+    });
+  }
+
+  // Ambient light that the floor and the other things leave.
+  double openness(int t, Vec point, Vec normal) const {
+    const double height = clamp01(point.y / (0.9 * tables_.things[t].scale));
+    const double low = 1.0 - height, down = 0.5 - 0.5 * normal.y;
+    double left = 1.0 - 0.6 * down * (low * low);
+    for (int j = 0; j < tables_.things.count; ++j) {
+      if (j == t) continue;
+      const Thing& other = tables_.things[j];
+      const Vec m = other.hull - point;
+      const double distance = std::sqrt(dot(m, m));
+      const double fade = clamp01((3.0 * other.shade - distance) / (1.8 * other.shade));
+      const double facing = std::max(0.2 + 0.8 * (dot(normal, m) / distance), 0.0);
+      left = left * (1.0 - 0.45 * (facing * (fade * fade)));
+    }
+    return left;
+  }
+
+  void add_shine(int material, int t, const Colour& base, Vec normal, Vec start, Vec direction, double lit,
+                 Colour* out) const {
+    const double glint = std::max(dot(normal, unit(light_.towards - direction)), 0.0);
+    if (material == kGlossy) {
+      const Colour mirrored = surroundings(reflect(direction, normal));
+      const double edge = 1.0 - std::max(-dot(normal, direction), 0.0);
+      const double fresnel = 0.04 + 0.5 * (edge * edge * edge * edge * edge);
+      const double shine = 0.85 * power(glint, 6) * lit;
+      for (int i = 0; i < 3; ++i) out->c[i] = out->c[i] + (light_.sun[i] * shine + fresnel * mirrored.c[i]);
+    } else if (material == kMetal) {
+      const Colour mirrored = mirror(t, start, reflect(direction, normal));
+      const double grey = 0.3 * mirrored.c[0] + 0.5 * mirrored.c[1] + 0.2 * mirrored.c[2];
+      const double shine = 0.6 * power(glint, 5) * lit;
+      for (int i = 0; i < 3; ++i) {
+        const double image = (0.05 + 0.85 * base.c[i]) * (0.7 * grey + 0.3 * mirrored.c[i]);
+        out->c[i] = 0.35 * out->c[i] + image + light_.sun[i] * shine;
+      }
+    } else {
+      const double shine = 0.16 * power(glint, 5) * lit;
+      for (int i = 0; i < 3; ++i) out->c[i] = out->c[i] + light_.sun[i] * shine;
+    }
+  }
+
+  // What a mirror shows of the world without things.
+  Colour surroundings(Vec d) const {
+    const double above = clamp01((d.y + 0.12) / 0.24), high = clamp01(1.4 * d.y);
+    const double glow = 0.8 * power(std::max(dot(d, light_.towards), 0.0), 4);
+    Colour out;
+    for (int i = 0; i < 3; ++i)
+      out.c[i] = around_.floor[i] * (1.0 - above) +
+                 (around_.low[i] + (around_.high[i] - around_.low[i]) * high) * above + light_.sun[i] * glow;
+    return out;
+  }
+
+  // What a metal thing shows: its surroundings, and the other things in plain shading.
+  Colour mirror(int t, Vec start, Vec d) const {
+    double best = kInfinity;
+    const Solid* seen = nullptr;
+    for (const Solid& solid : tables_.solids) {
+      if (solid.owner() == t || !near_ray(solid.ball, solid.ball_radius, 0.0, start, d)) continue;
+      const double distance = hit(solid, tables_.planes, start, d);
+      if (distance < best) {
+        best = distance;
+        seen = &solid;
+      }
+    }
+    if (seen == nullptr) return surroundings(d);
+    const Vec normal = normal_at(*seen, tables_.planes, start + best * d);
+    const double slope = std::max(dot(normal, light_.towards), 0.0);
+    const Thing& thing = tables_.things[seen->owner()];
+    Colour out;
+    for (int i = 0; i < 3; ++i)
+      out.c[i] = thing.colour[i] * seen->tone * (0.8 * light_.sky[i] + 0.75 * light_.sun[i] * slope);
+    return out;
+  }
+
+  const Tables& tables_;
+  const Light& light_;
+  const Around& around_;
+  Rows<Vec> floor_rays_, solid_rays_;
+};
+
+// A table of Python: its address and how many rows it has.
+using Table = std::pair<uintptr_t, int>;
+
+template <typename T>
+Rows<T> rows(const Table& table) {
+  return {pointer<const T>(table.first), table.second};
+}
+
+Tables read_tables(const Table& solids, const Table& things, const Table& feet, uintptr_t dots, uintptr_t planes) {
+  return {rows<Solid>(solids), rows<Thing>(things), rows<Foot>(feet), pointer<const Dot>(dots),
+          pointer<const Plane>(planes)};
+}
+
+// Writes uint8 [size, size, 3] to `out`.
+void scene_picture(Table solids, Table things, Table feet, uintptr_t dots, uintptr_t planes, uintptr_t view_row,
+                   uintptr_t light, Table floor_rays, Table solid_rays, uintptr_t around, uintptr_t albedo,
+                   Table srgb, int size, uintptr_t out) {
+  const Tables tables = read_tables(solids, things, feet, dots, planes);
+  const View& view = *pointer<const View>(view_row);
+  const Shader shader(tables, *pointer<const Light>(light), *pointer<const Around>(around), rows<Vec>(floor_rays),
+                      rows<Vec>(solid_rays));
+  const Nearest nearest(tables, view, size, 2, [](int, size_t) {});
+  const uint8_t* table = pointer<const uint8_t>(srgb.first);
+  const double steps = srgb.second - 1;
+  const float* base = pointer<const float>(albedo);
+  uint8_t* bytes = pointer<uint8_t>(out);
+  for (int y = 0; y < size; ++y) {
+    for (int x = 0; x < size; ++x, base += 3) {
+      Colour sum{}, behind{};
+      bool has_behind = false;
+      for (int q = 0; q < 4; ++q) {
+        const int sub_x = 2 * x + q % 2, sub_y = 2 * y + q / 2;
+        const size_t i = static_cast<size_t>(sub_y) * nearest.n + sub_x;
+        Colour seen;
+        if (nearest.which[i] >= 0) {
+          const Vec ray = view_ray(view, (sub_x + 0.5) / 2, (sub_y + 0.5) / 2, size);
+          seen = shader.solid(nearest.which[i], view.position + nearest.distance[i] * ray, ray);
+        } else {
+          if (!has_behind) behind = shader.backdrop(view, view_ray(view, x + 0.5, y + 0.5, size), base);
+          has_behind = true;
+          seen = behind;
+        }
+        for (int i = 0; i < 3; ++i) sum.c[i] = q ? sum.c[i] + std::min(seen.c[i], 1.0) : std::min(seen.c[i], 1.0);
+      }
+      for (double c : sum.c) *bytes++ = table[static_cast<int>(std::floor(0.25 * c * steps + 0.5))];
+    }
+  }
+}
+
+// At pixel centres: ids uint8 [size, size], depth float32 [size, size], normals float32 [size, size, 3], and int64
+// [things], the pixels that each would cover alone.
+void scene_geometry(Table solids, Table things, Table feet, uintptr_t dots, uintptr_t planes, uintptr_t view_row,
+                    int size, uintptr_t ids_out, uintptr_t depth_out, uintptr_t normal_out, uintptr_t covered_out) {
+  const Tables tables = read_tables(solids, things, feet, dots, planes);
+  const View& view = *pointer<const View>(view_row);
+  const size_t num_pixels = static_cast<size_t>(size) * size;
+  std::vector<uint8_t> met(num_pixels * tables.things.count);
+  const Nearest nearest(tables, view, size, 1, [&](int thing, size_t i) { met[thing * num_pixels + i] = 1; });
+  uint8_t* ids = pointer<uint8_t>(ids_out);
+  float* depth = pointer<float>(depth_out);
+  float* normals = pointer<float>(normal_out);
+  int64_t* covered = pointer<int64_t>(covered_out);
+  for (int t = 0; t < tables.things.count; ++t)
+    covered[t] = std::count(met.begin() + t * num_pixels, met.begin() + (t + 1) * num_pixels, 1);
+  for (size_t i = 0; i < num_pixels; ++i, normals += 3) {
+    const Vec ray = view_ray(view, i % size + 0.5, i / size + 0.5, size);
+    const int k = nearest.which[i];
+    bool on_floor;
+    const double t = k >= 0 ? nearest.distance[i] : backdrop_hit(view, ray, &on_floor);
+    const Vec normal = k >= 0     ? normal_at(tables.solids[k], tables.planes, view.position + t * ray)
+                       : on_floor ? Vec{0.0, 1.0, 0.0}
+                                  : Vec{0.0, 0.0, -1.0};
+    ids[i] = k >= 0 ? static_cast<uint8_t>(tables.solids[k].owner() + 1) : 0;
+    depth[i] = static_cast<float>(t * dot(ray, view.forward));
+    normals[0] = static_cast<float>(dot(normal, view.right));
+    normals[1] = static_cast<float>(-dot(normal, view.up));
+    normals[2] = static_cast<float>(dot(normal, view.forward));
+  }
+}
+
+}  // namespace
+
+void bind_scene_render(pybind11::module_& m) {
+  m.def("scene_picture", &scene_picture, pybind11::call_guard<pybind11::gil_scoped_release>());
+  m.def("scene_geometry", &scene_geometry, pybind11::call_guard<pybind11::gil_scoped_release>());
+}
+
+}  // namespace uniworld
