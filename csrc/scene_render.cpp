@@ -23,7 +23,10 @@ struct Thing {
   Vec hull;
   double hull_radius, shades_itself;
   Vec stripe;
-  double stripe_offset, dot_start, dot_count, shade, scale;
+  double stripe_offset, dot_start, dot_count, shade, scale, solid_start, solid_count;
+
+  int first() const { return static_cast<int>(solid_start); }
+  int end() const { return first() + static_cast<int>(solid_count); }
 };
 struct Foot {
   double thing, x, z, cos, sin, half_x, half_z, rounding, falloff, strength;
@@ -43,7 +46,7 @@ struct Light {
 struct Around {
   double floor[3], low[3], high[3], bounce[3], wall_lit;
 };
-static_assert(sizeof(Thing) == 20 * sizeof(double) && sizeof(Foot) == 10 * sizeof(double));
+static_assert(sizeof(Thing) == 22 * sizeof(double) && sizeof(Foot) == 10 * sizeof(double));
 static_assert(sizeof(View) == 14 * sizeof(double) && sizeof(Light) == 11 * sizeof(double));
 static_assert(sizeof(Around) == 13 * sizeof(double) && sizeof(Dot) == 4 * sizeof(double));
 
@@ -64,12 +67,7 @@ struct Tables {
   const Plane* planes;
 };
 
-Vec view_ray(const View& view, double x, double y, int size) {
-  const double u = (2.0 * x / size - 1.0) * view.tangent, v = (1.0 - 2.0 * y / size) * view.tangent;
-  return unit((view.forward + u * view.right) + v * view.up);
-}
-
-// The nearest solid of each point of a grid of step x step points a pixel.
+// The nearest solid of each point of a grid of n x n points. `rays` are their unit directions.
 struct Nearest {
   int n;
   std::vector<double> distance;
@@ -77,20 +75,19 @@ struct Nearest {
 
   // `on_hit(thing, index)` is called for every solid that a point's ray meets, hidden or not.
   template <typename OnHit>
-  Nearest(const Tables& tables, const View& view, int size, int step, OnHit on_hit)
-      : n(size * step), distance(static_cast<size_t>(n) * n, kInfinity), which(static_cast<size_t>(n) * n, -1) {
+  Nearest(const Tables& tables, const View& view, const Vec* rays, int n, OnHit on_hit)
+      : n(n), distance(static_cast<size_t>(n) * n, kInfinity), which(static_cast<size_t>(n) * n, -1) {
     for (int k = 0; k < tables.solids.count; ++k) {
       const Solid& solid = tables.solids[k];
-      const Vec o = solid.to_axes(view.position - solid.centre);
+      const Vec o = solid.to_own(view.position - solid.centre);
       const int y_end = std::min(static_cast<int>((solid.bottom * 0.5 + 0.5) * n) + 2, n);
       const int x_end = std::min(static_cast<int>((solid.right * 0.5 + 0.5) * n) + 2, n);
       const int x_begin = std::max(static_cast<int>((solid.left * 0.5 + 0.5) * n) - 1, 0);
       for (int y = std::max(static_cast<int>((solid.top * 0.5 + 0.5) * n) - 1, 0); y < y_end; ++y) {
         for (int x = x_begin; x < x_end; ++x) {
-          const Vec ray = view_ray(view, (x + 0.5) / step, (y + 0.5) / step, size);
-          const double t = hit_in_axes(solid, tables.planes, o, solid.to_axes(ray));
-          if (t == kInfinity) continue;
           const size_t i = static_cast<size_t>(y) * n + x;
+          const double t = hit_own(solid, tables.planes, o, solid.to_own(rays[i]));
+          if (t == kInfinity) continue;
           on_hit(solid.owner(), i);
           if (t < distance[i]) {
             distance[i] = t;
@@ -119,10 +116,26 @@ double backdrop_hit(const View& view, Vec direction, bool* on_floor) {
   return std::min(to_floor, to_wall);
 }
 
+// Rays to points of the sun's disc, in the own space of every solid.
+struct SunRays {
+  int count;
+  std::vector<Vec> own;
+
+  SunRays(Rows<Vec> rays, Rows<Solid> solids) : count(rays.count) {
+    own.reserve(static_cast<size_t>(count) * solids.count);
+    for (const Solid& solid : solids)
+      for (const Vec& ray : rays) own.push_back(solid.to_own(ray));
+  }
+};
+
 class Shader {
  public:
   Shader(const Tables& tables, const Light& light, const Around& around, Rows<Vec> floor_rays, Rows<Vec> solid_rays)
-      : tables_(tables), light_(light), around_(around), floor_rays_(floor_rays), solid_rays_(solid_rays) {}
+      : tables_(tables),
+        light_(light),
+        around_(around),
+        floor_rays_(floor_rays, tables.solids),
+        solid_rays_(solid_rays, tables.solids) {}
 
   Colour backdrop(const View& view, Vec direction, const float* albedo) const {
     bool on_floor;
@@ -162,19 +175,23 @@ class Shader {
 
  private:
   // The share of the sun's disc that a point sees; `skip` is the thing whose shade does not count, or -1.
-  double lit_share(Rows<Vec> rays, Vec point, int skip) const {
+  double lit_share(const SunRays& rays, Vec point, int skip) const {
     const double spread = light_.softness * 1.05;
+    const auto near = [&](Vec centre, double radius) { return near_ray(centre, radius, spread, point, light_.towards); };
     uint64_t blocked = 0;
-    const uint64_t all = (uint64_t{1} << rays.count) - 1;
-    for (const Solid& solid : tables_.solids) {
-      if (solid.owner() == skip || !near_ray(solid.ball, solid.ball_radius, spread, point, light_.towards)) continue;
-      const Vec o = solid.to_axes(point - solid.centre);
-      for (int k = 0; k < rays.count; ++k) {
-        if (blocked >> k & 1) continue;
-        const bool hits = hit_in_axes(solid, tables_.planes, o, solid.to_axes(rays[k])) < kInfinity;
-        blocked |= static_cast<uint64_t>(hits) << k;
+    for (int t = 0; t < tables_.things.count; ++t) {
+      const Thing& thing = tables_.things[t];
+      if (t == skip || !near(thing.hull, thing.hull_radius)) continue;
+      for (int i = thing.first(); i < thing.end(); ++i) {
+        const Solid& solid = tables_.solids[i];
+        if (!near(solid.ball, solid.ball_radius)) continue;
+        const Vec o = solid.to_own(point - solid.centre), *own = &rays.own[static_cast<size_t>(i) * rays.count];
+        for (int k = 0; k < rays.count; ++k) {
+          if (blocked >> k & 1) continue;
+          const bool hits = hit_own(solid, tables_.planes, o, own[k]) < kInfinity;
+          blocked |= static_cast<uint64_t>(hits) << k;
+        }
       }
-      if (blocked == all) break;
     }
     return 1.0 - static_cast<double>(__builtin_popcountll(blocked)) / static_cast<double>(rays.count);
   }
@@ -257,12 +274,17 @@ class Shader {
   Colour mirror(int t, Vec start, Vec d) const {
     double best = kInfinity;
     const Solid* seen = nullptr;
-    for (const Solid& solid : tables_.solids) {
-      if (solid.owner() == t || !near_ray(solid.ball, solid.ball_radius, 0.0, start, d)) continue;
-      const double distance = hit(solid, tables_.planes, start, d);
-      if (distance < best) {
-        best = distance;
-        seen = &solid;
+    for (int j = 0; j < tables_.things.count; ++j) {
+      const Thing& other = tables_.things[j];
+      if (j == t || !near_ray(other.hull, other.hull_radius, 0.0, start, d)) continue;
+      for (int i = other.first(); i < other.end(); ++i) {
+        const Solid& solid = tables_.solids[i];
+        if (!near_ray(solid.ball, solid.ball_radius, 0.0, start, d)) continue;
+        const double distance = hit(solid, tables_.planes, start, d);
+        if (distance < best) {
+          best = distance;
+          seen = &solid;
+        }
       }
     }
     if (seen == nullptr) return surroundings(d);
@@ -278,7 +300,7 @@ class Shader {
   const Tables& tables_;
   const Light& light_;
   const Around& around_;
-  Rows<Vec> floor_rays_, solid_rays_;
+  SunRays floor_rays_, solid_rays_;
 };
 
 // A table of Python: its address and how many rows it has.
@@ -294,15 +316,17 @@ Tables read_tables(const Table& solids, const Table& things, const Table& feet, 
           pointer<const Plane>(planes)};
 }
 
-// Writes uint8 [size, size, 3] to `out`.
+// Writes uint8 [size, size, 3] to `out`. The view's rays are unit directions through every
+// quarter of a pixel and every pixel.
 void scene_picture(Table solids, Table things, Table feet, uintptr_t dots, uintptr_t planes, uintptr_t view_row,
-                   uintptr_t light, Table floor_rays, Table solid_rays, uintptr_t around, uintptr_t albedo,
+                   uintptr_t quarter_rays, uintptr_t centre_rays, uintptr_t light, Table floor_rays, Table solid_rays, uintptr_t around, uintptr_t albedo,
                    Table srgb, int size, uintptr_t out) {
   const Tables tables = read_tables(solids, things, feet, dots, planes);
   const View& view = *pointer<const View>(view_row);
   const Shader shader(tables, *pointer<const Light>(light), *pointer<const Around>(around), rows<Vec>(floor_rays),
                       rows<Vec>(solid_rays));
-  const Nearest nearest(tables, view, size, 2, [](int, size_t) {});
+  const Vec *quarters = pointer<const Vec>(quarter_rays), *centres = pointer<const Vec>(centre_rays);
+  const Nearest nearest(tables, view, quarters, 2 * size, [](int, size_t) {});
   const uint8_t* table = pointer<const uint8_t>(srgb.first);
   const double steps = srgb.second - 1;
   const float* base = pointer<const float>(albedo);
@@ -316,10 +340,9 @@ void scene_picture(Table solids, Table things, Table feet, uintptr_t dots, uintp
         const size_t i = static_cast<size_t>(sub_y) * nearest.n + sub_x;
         Colour seen;
         if (nearest.which[i] >= 0) {
-          const Vec ray = view_ray(view, (sub_x + 0.5) / 2, (sub_y + 0.5) / 2, size);
-          seen = shader.solid(nearest.which[i], view.position + nearest.distance[i] * ray, ray);
+          seen = shader.solid(nearest.which[i], view.position + nearest.distance[i] * quarters[i], quarters[i]);
         } else {
-          if (!has_behind) behind = shader.backdrop(view, view_ray(view, x + 0.5, y + 0.5, size), base);
+          if (!has_behind) behind = shader.backdrop(view, centres[static_cast<size_t>(y) * size + x], base);
           has_behind = true;
           seen = behind;
         }
@@ -333,12 +356,13 @@ void scene_picture(Table solids, Table things, Table feet, uintptr_t dots, uintp
 // At pixel centres: ids uint8 [size, size], depth float32 [size, size], normals float32 [size, size, 3], and int64
 // [things], the pixels that each would cover alone.
 void scene_geometry(Table solids, Table things, Table feet, uintptr_t dots, uintptr_t planes, uintptr_t view_row,
-                    int size, uintptr_t ids_out, uintptr_t depth_out, uintptr_t normal_out, uintptr_t covered_out) {
+                    uintptr_t centre_rays, int size, uintptr_t ids_out, uintptr_t depth_out, uintptr_t normal_out, uintptr_t covered_out) {
   const Tables tables = read_tables(solids, things, feet, dots, planes);
   const View& view = *pointer<const View>(view_row);
   const size_t num_pixels = static_cast<size_t>(size) * size;
   std::vector<uint8_t> met(num_pixels * tables.things.count);
-  const Nearest nearest(tables, view, size, 1, [&](int thing, size_t i) { met[thing * num_pixels + i] = 1; });
+  const Vec* centres = pointer<const Vec>(centre_rays);
+  const Nearest nearest(tables, view, centres, size, [&](int thing, size_t i) { met[thing * num_pixels + i] = 1; });
   uint8_t* ids = pointer<uint8_t>(ids_out);
   float* depth = pointer<float>(depth_out);
   float* normals = pointer<float>(normal_out);
@@ -346,7 +370,7 @@ void scene_geometry(Table solids, Table things, Table feet, uintptr_t dots, uint
   for (int t = 0; t < tables.things.count; ++t)
     covered[t] = std::count(met.begin() + t * num_pixels, met.begin() + (t + 1) * num_pixels, 1);
   for (size_t i = 0; i < num_pixels; ++i, normals += 3) {
-    const Vec ray = view_ray(view, i % size + 0.5, i / size + 0.5, size);
+    const Vec ray = centres[i];
     const int k = nearest.which[i];
     bool on_floor;
     const double t = k >= 0 ? nearest.distance[i] : backdrop_hit(view, ray, &on_floor);

@@ -51,13 +51,16 @@ struct Solid {
     return {axis_x.x * v.x + axis_y.x * v.y + axis_z.x * v.z, axis_x.y * v.x + axis_y.y * v.y + axis_z.y * v.z,
             axis_x.z * v.x + axis_y.z * v.y + axis_z.z * v.z};
   }
+  // A direction in the space where `hit_own` works: the solid's axes, in which an ellipsoid is the unit ball.
+  Vec to_own(Vec v) const {
+    const Vec p = to_axes(v);
+    return kind == kEllipsoid ? Vec{p.x / dims.x, p.y / dims.y, p.z / dims.z} : p;
+  }
   int owner() const { return static_cast<int>(thing); }
 };
 static_assert(sizeof(Solid) == 28 * sizeof(double));
 
-inline double hit_ellipsoid(const Solid& s, Vec o, Vec d) {
-  o = {o.x / s.dims.x, o.y / s.dims.y, o.z / s.dims.z};
-  d = {d.x / s.dims.x, d.y / s.dims.y, d.z / s.dims.z};
+inline double hit_ellipsoid(Vec o, Vec d) {
   const double a = dot(d, d), b = dot(o, d), c = dot(o, o) - 1.0;
   const double disc = b * b - a * c;
   if (!(disc >= 0.0)) return kInfinity;
@@ -150,10 +153,10 @@ inline double hit_torus(const Solid& s, Vec o, Vec d) {
   return kInfinity;
 }
 
-// Distance along a unit ray, both in the solid's own axes.
-inline double hit_in_axes(const Solid& s, const Plane* planes, Vec o, Vec d) {
+// Distance along a unit ray, both given by `to_own`.
+inline double hit_own(const Solid& s, const Plane* planes, Vec o, Vec d) {
   switch (static_cast<int>(s.kind)) {
-    case kEllipsoid: return hit_ellipsoid(s, o, d);
+    case kEllipsoid: return hit_ellipsoid(o, d);
     case kPlanes: return hit_planes(planes + static_cast<int>(s.plane_start), static_cast<int>(s.plane_count), o, d);
     case kCylinder: return hit_cylinder(s, o, d);
     case kCone: return hit_cone(s, o, d);
@@ -162,7 +165,7 @@ inline double hit_in_axes(const Solid& s, const Plane* planes, Vec o, Vec d) {
 }
 
 inline double hit(const Solid& s, const Plane* planes, Vec origin, Vec direction) {
-  return hit_in_axes(s, planes, s.to_axes(origin - s.centre), s.to_axes(direction));
+  return hit_own(s, planes, s.to_own(origin - s.centre), s.to_own(direction));
 }
 
 // The normal of a cylinder's or cone's side, which rises by `slope`, or of the cap.

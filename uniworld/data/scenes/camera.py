@@ -14,12 +14,13 @@ RIGHT = (1.0, 0.0, 0.0)
 UP = (0.0, math.cos(PITCH), math.sin(PITCH))
 FORWARD = (0.0, -math.sin(PITCH), math.cos(PITCH))
 WALL_Z = 4.6  # where the floor ends and the backdrop stands
-TO_CAMERA = np.array([RIGHT, [-u for u in UP], FORWARD])  # rows: camera axes in the world
 
 
 def to_camera(points: np.ndarray) -> np.ndarray:
     """World points [..., 3] in camera space."""
-    return (np.asarray(points, np.float64) - POSITION) @ TO_CAMERA.T
+    p = np.asarray(points, np.float64) - POSITION
+    x, y, z = p[..., 0], p[..., 1], p[..., 2]
+    return np.stack([x, -(y * UP[1] + z * UP[2]), y * FORWARD[1] + z * FORWARD[2]], -1)
 
 
 def project(points: np.ndarray, size_px: int) -> np.ndarray:
@@ -31,18 +32,18 @@ def project(points: np.ndarray, size_px: int) -> np.ndarray:
 
 def visible_half_width(z: float) -> float:
     """World units from the middle to the edge of the picture, on the floor at world depth z."""
-    return TAN_HALF_FOV * float(to_camera(np.array([0.0, 0.0, z]))[2])
+    return TAN_HALF_FOV * ((z - POSITION[2]) * FORWARD[2] - POSITION[1] * FORWARD[1])
 
 
-def sphere_bounds(centre: np.ndarray, radius: float) -> tuple[float, float, float, float]:
-    """The smallest rectangle around a sphere's picture: left, right, top, bottom, from -1 to 1 across the picture."""
-    x, y, z = to_camera(centre)
-    bounds = []
-    for along in (x, y):
-        # Tangent lines from the camera in the plane of this axis and the view.
-        tangent = math.sqrt(max(along * along + z * z - radius * radius, 1e-12))
-        bounds += [
-            (along * tangent - z * radius) / (z * tangent + along * radius) / TAN_HALF_FOV,
-            (along * tangent + z * radius) / (z * tangent - along * radius) / TAN_HALF_FOV,
-        ]
-    return tuple(bounds)
+def sphere_bounds(centres: np.ndarray, radii: np.ndarray) -> np.ndarray:
+    """The smallest rectangles around the pictures of spheres, centres [N, 3] and radii [N].
+
+    Returns:
+        float64 [N, 4]: left, right, top, bottom, from -1 to 1 across the picture.
+    """
+    p = to_camera(centres)
+    along, z, r = p[:, :2], p[:, 2:], radii[:, None]
+    tangent = np.sqrt(along * along + z * z - r * r)  # to the points where lines from the camera touch
+    low = (along * tangent - z * r) / (z * tangent + along * r) / TAN_HALF_FOV
+    high = (along * tangent + z * r) / (z * tangent - along * r) / TAN_HALF_FOV
+    return np.stack([low[:, 0], high[:, 0], low[:, 1], high[:, 1]], 1)

@@ -38,10 +38,11 @@ def render(scene: Scene, size_px: int = 128) -> Rendered:
     check_size(size_px)
     tables = solids.tables(scene)
     light, floor_rays, solid_rays = surfaces.light_rows(scene.light)
+    eye = (view(), view_rays(size_px, 2), view_rays(size_px, 1))
     backdrop = backdrops.backdrop(scene.background, scene.seed % backdrops.NUM_VARIANTS, size_px)
     around = _around(light, backdrop)
     draw = _draw_core if extension.has("scene_picture") else shading.picture
-    image = draw(tables, view(), light, floor_rays, solid_rays, around, backdrop.albedo, surfaces.srgb_table())
+    image = draw(tables, *eye, light, floor_rays, solid_rays, around, backdrop.albedo, surfaces.srgb_table())
     ids, depth, normal, _ = geometry(tables, size_px)
     joints = {index: _in_picture(points, size_px) for index, points in tables.joints.items()}
     return Rendered(scene, styles.apply(scene.style, image), ids, depth, normal, joints)
@@ -62,7 +63,7 @@ def visible_shares(scene: Scene, size_px: int = 64) -> np.ndarray:
 def geometry(tables: solids.Tables, size_px: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """ids, depth and normals as `Rendered` has them, and how many pixels each thing would cover alone."""
     run = _geometry_core if extension.has("scene_geometry") else shading.geometry
-    return run(tables, view(), size_px)
+    return run(tables, view(), view_rays(size_px, 1))
 
 
 @lru_cache(maxsize=1)
@@ -70,6 +71,12 @@ def view() -> np.ndarray:
     """float64 [14]: the camera as the ray caster takes it."""
     axes = (camera.POSITION, camera.RIGHT, camera.UP, camera.FORWARD)
     return np.array([v for axis in axes for v in axis] + [camera.TAN_HALF_FOV, camera.WALL_Z])
+
+
+@lru_cache(maxsize=8)
+def view_rays(size_px: int, step: int) -> np.ndarray:
+    """float64 [n, n, 3]: unit directions through step x step points a pixel, n = size_px step."""
+    return shading.view_rays(view(), size_px, step)
 
 
 def _around(light: np.ndarray, backdrop: backdrops.Backdrop) -> np.ndarray:
@@ -86,22 +93,22 @@ def _in_picture(points: np.ndarray, size_px: int) -> np.ndarray:
     return np.concatenate([camera.project(points, size_px), depth], 1)
 
 
-def _draw_core(tables, view_row, light, floor_rays, solid_rays, around, albedo, srgb) -> np.ndarray:
+def _draw_core(tables, view_row, quarter_rays, centre_rays, light, floor_rays, solid_rays, around, albedo, srgb):
     image = np.empty((*albedo.shape[:2], 3), np.uint8)
-    rays = (light.ctypes.data, _table(floor_rays), _table(solid_rays))
-    extension.core().scene_picture(
-        *_tables(tables), view_row.ctypes.data, *rays, around.ctypes.data, albedo.ctypes.data, _table(srgb),
-        len(albedo), image.ctypes.data,
-    )  # fmt: skip
+    eye = [array.ctypes.data for array in (view_row, quarter_rays, centre_rays)]
+    lights = (light.ctypes.data, _table(floor_rays), _table(solid_rays), around.ctypes.data)
+    surface = (albedo.ctypes.data, _table(srgb), len(albedo))
+    extension.core().scene_picture(*_tables(tables), *eye, *lights, *surface, image.ctypes.data)
     return image
 
 
-def _geometry_core(tables, view_row, size_px: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    shape = (size_px, size_px)
+def _geometry_core(tables, view_row, centre_rays) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    shape = centre_rays.shape[:2]
     ids, depth = np.empty(shape, np.uint8), np.empty(shape, np.float32)
     normal, covered = np.empty((*shape, 3), np.float32), np.empty(len(tables.things), np.int64)
     out = [array.ctypes.data for array in (ids, depth, normal, covered)]
-    extension.core().scene_geometry(*_tables(tables), view_row.ctypes.data, size_px, *out)
+    eye = (view_row.ctypes.data, centre_rays.ctypes.data, len(centre_rays))
+    extension.core().scene_geometry(*_tables(tables), *eye, *out)
     return ids, depth, normal, covered
 
 

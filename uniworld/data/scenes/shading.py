@@ -30,33 +30,38 @@ STRIPE_SHARE = 0.42
 NUDGE = 1e-3  # world units off a surface, from which its shadow and reflection rays start
 
 
-def view_rays(view: np.ndarray, x: np.ndarray, y: np.ndarray, size: int) -> Vector:
-    """Unit directions through points x, y of the picture, in pixels."""
+def view_rays(view: np.ndarray, size: int, step: int) -> np.ndarray:
+    """Unit directions [n, n, 3] through the centres of a grid of step x step points a pixel, n = size step."""
+    centres = (np.arange(size * step) + 0.5) / step
+    y, x = np.meshgrid(centres, centres, indexing="ij")
     u = (2.0 * x / size - 1.0) * view[12]
     v = (1.0 - 2.0 * y / size) * view[12]
     right, up, forward = view[VIEW_RIGHT], view[VIEW_UP], view[VIEW_FORWARD]
-    return unit(tuple((forward[i] + u * right[i]) + v * up[i] for i in range(3)))
+    return np.stack(unit(tuple((forward[i] + u * right[i]) + v * up[i] for i in range(3))), -1)
 
 
-def nearest(tables: s.Tables, view: np.ndarray, size: int, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Per point of a grid of step x step points a pixel: the nearest solid or -1, its distance, and per thing how many
-    points it would cover alone."""
-    n = size * step
+def nearest(tables: s.Tables, view: np.ndarray, rays: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """For a grid of unit rays [n, n, 3]: the nearest solid or -1, its distance, and per thing how many rays meet it."""
+    n = len(rays)
     best, which = np.full((n, n), np.inf), np.full((n, n), -1)
-    covered = np.zeros((len(tables.things), n, n), bool)
-    centres = (np.arange(n) + 0.5) / step
+    met = np.zeros((len(tables.things), n, n), bool)
     for k, row in enumerate(tables.solids):
         left, right, top, bottom = ((row[s.BOUNDS] * 0.5 + 0.5) * n).tolist()
         columns = slice(max(int(left) - 1, 0), max(min(int(right) + 2, n), 0))
         rows = slice(max(int(top) - 1, 0), max(min(int(bottom) + 2, n), 0))
-        y, x = np.meshgrid(centres[rows], centres[columns], indexing="ij")
-        origin = tuple(np.full(x.size, v) for v in view[0:3])
-        t = hit(row, tables.planes, origin, view_rays(view, x.ravel(), y.ravel(), size)).reshape(x.shape)
+        direction = vectors(rays[rows, columns])
+        origin = tuple(np.full(len(direction[0]), v) for v in view[0:3])
+        t = hit(row, tables.planes, origin, direction).reshape(best[rows, columns].shape)
         nearer = t < best[rows, columns]
         best[rows, columns] = np.where(nearer, t, best[rows, columns])
         which[rows, columns] = np.where(nearer, k, which[rows, columns])
-        covered[int(row[s.THING]), rows, columns] |= t < np.inf
-    return which, best, covered.sum((1, 2))
+        met[int(row[s.THING]), rows, columns] |= t < np.inf
+    return which, best, met.sum((1, 2))
+
+
+def vectors(rows: np.ndarray) -> Vector:
+    """Rows [..., 3] as a vector of flat arrays."""
+    return tuple(rows[..., i].ravel() for i in range(3))
 
 
 def backdrop_hit(view: np.ndarray, direction: Vector) -> tuple[np.ndarray, np.ndarray]:
@@ -67,22 +72,20 @@ def backdrop_hit(view: np.ndarray, direction: Vector) -> tuple[np.ndarray, np.nd
     return np.minimum(to_floor, to_wall), to_floor < to_wall
 
 
-def shade_backdrop(tables, view, light, rays, around, albedo: np.ndarray, pixels: np.ndarray) -> np.ndarray:
-    """Colours [M, 3] of the floor and wall at the centres of pixels (flat indices [M]). albedo: [H, W, 3]."""
-    size = albedo.shape[0]
-    direction = view_rays(view, pixels % size + 0.5, pixels // size + 0.5, size)
+def shade_backdrop(tables, view, light, rays, around, albedo: np.ndarray, direction: Vector) -> np.ndarray:
+    """Colours [M, 3] of the floor and wall that view rays [M] meet. albedo: float32 [M, 3]."""
     t, on_floor = backdrop_hit(view, direction)
     point = tuple(view[i] + t * direction[i] for i in range(3))
-    shade = np.ones(len(pixels))
+    shade = np.ones(len(albedo))
     for foot in tables.feet:
         shade = shade * _foot_shade(foot, point)
     receives = on_floor | (around[WALL_LIT] > 0.0)
-    lit = np.ones(len(pixels))
+    lit = np.ones(len(albedo))
     index = np.flatnonzero(receives)
     lit[index] = lit_share(tables, light, rays, take(point, index), np.full(len(index), -1))
     sun = np.where(on_floor, light[1] * lit * (0.35 + 0.65 * shade), 0.55 * lit)
     ambient = np.where(on_floor, shade, 1.0)
-    base = albedo.reshape(-1, 3)[pixels].astype(np.float64)
+    base = albedo.astype(np.float64)
     return np.stack([base[:, i] * (light[6 + i] * ambient + light[3 + i] * sun) for i in range(3)], 1)
 
 
@@ -230,50 +233,51 @@ def _mirror(tables, light, around, t: int, start: Vector, d: Vector) -> Vector:
     return seen
 
 
-def picture(tables, view, light, floor_rays, solid_rays, around, albedo, table: np.ndarray):
-    """uint8 [H, W, 3]: the scene. albedo: float32 [H, W, 3] of floor and wall; table: sRGB of linear light."""
-    size = albedo.shape[0]
-    which, distance, _ = nearest(tables, view, size, 2)
+def picture(tables, view, quarter_rays, centre_rays, light, floor_rays, solid_rays, around, albedo, srgb):
+    """uint8 [H, W, 3]: the scene.
+
+    quarter_rays [2 H, 2 W, 3] and centre_rays [H, W, 3] are view rays; floor_rays and solid_rays [N, 3] go to the sun;
+    albedo: float32 [H, W, 3] of floor and wall; srgb: 8-bit sRGB of evenly spaced linear light.
+    """
+    size = len(centre_rays)
+    which, distance, _ = nearest(tables, view, quarter_rays)
     on_solid = which >= 0
     quarter = np.zeros((2 * size, 2 * size, 3))
-    y, x = np.nonzero(on_solid)
-    direction = view_rays(view, (x + 0.5) / 2, (y + 0.5) / 2, size)
-    point = tuple(view[i] + distance[y, x] * direction[i] for i in range(3))
-    quarter[y, x] = shade_solids(tables, light, solid_rays, around, which[y, x], point, direction)
+    direction = vectors(quarter_rays[on_solid])
+    point = tuple(view[i] + distance[on_solid] * direction[i] for i in range(3))
+    quarter[on_solid] = shade_solids(tables, light, solid_rays, around, which[on_solid], point, direction)
     bare = ~on_solid
-    needed = np.flatnonzero((bare[0::2, 0::2] | bare[0::2, 1::2] | bare[1::2, 0::2] | bare[1::2, 1::2]).ravel())
-    behind = np.zeros((size * size, 3))
-    behind[needed] = shade_backdrop(tables, view, light, floor_rays, around, albedo, needed)
-    behind = behind.reshape(size, size, 3)
+    needed = bare[0::2, 0::2] | bare[0::2, 1::2] | bare[1::2, 0::2] | bare[1::2, 1::2]
+    behind = np.zeros((size, size, 3))
+    direction = vectors(centre_rays[needed])
+    behind[needed] = shade_backdrop(tables, view, light, floor_rays, around, albedo[needed], direction)
     quarters = []
     for dy, dx in ((0, 0), (0, 1), (1, 0), (1, 1)):
         seen = np.where(on_solid[dy::2, dx::2, None], quarter[dy::2, dx::2], behind)
         quarters.append(np.minimum(seen, 1.0))
     mean = 0.25 * (((quarters[0] + quarters[1]) + quarters[2]) + quarters[3])
-    return table[np.floor(mean * (len(table) - 1) + 0.5).astype(np.int64)]
+    return srgb[np.floor(mean * (len(srgb) - 1) + 0.5).astype(np.int64)]
 
 
-def geometry(tables, view, size: int):
+def geometry(tables, view, centre_rays):
     """At pixel centres: ids uint8 [H, W], depth along the view float32 [H, W], normals in camera space float32
     [H, W, 3], and per thing the number of pixels that it would cover alone."""
-    which, distance, covered = nearest(tables, view, size, 1)
-    y, x = np.divmod(np.arange(size * size), size)
-    direction = view_rays(view, x + 0.5, y + 0.5, size)
+    shape = centre_rays.shape[:2]
+    which, distance, covered = nearest(tables, view, centre_rays)
+    direction = vectors(centre_rays)
     behind, on_floor = backdrop_hit(view, direction)
     which, distance = which.ravel(), distance.ravel()
-    on_solid = which >= 0
-    t = np.where(on_solid, distance, behind)
+    t = np.where(which >= 0, distance, behind)
     depth = t * dot(direction, tuple(view[VIEW_FORWARD]))
-    normal = [np.zeros(size * size), np.where(on_floor, 1.0, 0.0), np.where(on_floor, 0.0, -1.0)]
-    index = np.flatnonzero(on_solid)
+    normal = [np.zeros(len(t)), np.where(on_floor, 1.0, 0.0), np.where(on_floor, 0.0, -1.0)]
+    index = np.flatnonzero(which >= 0)
     point = tuple(view[i] + t[index] * direction[i][index] for i in range(3))
     for axis, values in zip(normal, normals(tables, which[index], point)):
         axis[index] = values
     right, up, forward = (tuple(view[axis]) for axis in (VIEW_RIGHT, VIEW_UP, VIEW_FORWARD))
     seen = np.stack([dot(normal, right), -dot(normal, up), dot(normal, forward)], 1)
-    ids = np.zeros(size * size, np.uint8)
+    ids = np.zeros(len(t), np.uint8)
     ids[index] = tables.solids[which[index], s.THING] + 1
-    shape = (size, size)
     return (
         ids.reshape(shape),
         depth.astype(np.float32).reshape(shape),

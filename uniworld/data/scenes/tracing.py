@@ -6,6 +6,7 @@ without the C++ core. A vector is a tuple of three arrays; letters: M rays or po
 
 import numpy as np
 
+from uniworld.data.scenes import shapes
 from uniworld.data.scenes import solids as s
 
 EPSILON = 1e-9
@@ -55,14 +56,14 @@ def hit(row: np.ndarray, planes: np.ndarray, origin: Vector, direction: Vector) 
     o = to_axes(row, minus(origin, tuple(row[s.CENTRE])))
     d = to_axes(row, direction)
     kind = int(row[s.KIND])
-    if kind == s.ELLIPSOID:
+    if kind == shapes.ELLIPSOID:
         return _hit_ellipsoid(row[s.DIMS], o, d)
-    if kind == s.PLANES:
+    if kind == shapes.PLANES:
         start = int(row[s.PLANE_START])
         return _hit_planes(planes[start : start + int(row[s.PLANE_COUNT])], o, d)
-    if kind == s.CYLINDER:
+    if kind == shapes.CYLINDER:
         return _hit_cylinder(row[s.DIMS], o, d)
-    if kind == s.CONE:
+    if kind == shapes.CONE:
         return _hit_cone(row[s.DIMS], o, d)
     return _hit_torus(row[s.DIMS], o, d)
 
@@ -160,14 +161,14 @@ def normal_at(row: np.ndarray, planes: np.ndarray, point: Vector) -> Vector:
     """Unit outward normals at points [M] on the surface of the solid of this row."""
     p = to_axes(row, minus(point, tuple(row[s.CENTRE])))
     kind, dims = int(row[s.KIND]), row[s.DIMS]
-    if kind == s.ELLIPSOID:
+    if kind == shapes.ELLIPSOID:
         n = unit(tuple(v / (r * r) for v, r in zip(p, dims)))
-    elif kind == s.PLANES:
+    elif kind == shapes.PLANES:
         start = int(row[s.PLANE_START])
         n = _nearest_plane(planes[start : start + int(row[s.PLANE_COUNT])], p)
-    elif kind == s.CYLINDER:
+    elif kind == shapes.CYLINDER:
         n = _round_normal(p, np.sqrt(p[0] * p[0] + p[2] * p[2]) - dims[0] >= np.abs(p[1]) - dims[1], 0.0)
-    elif kind == s.CONE:
+    elif kind == shapes.CONE:
         n = _round_normal(p, p[1] > 1e-7, dims[0] / dims[1])
     else:
         q = np.sqrt(p[0] * p[0] + p[1] * p[1])
