@@ -188,7 +188,7 @@ class Shader {
         const Vec o = solid.to_own(point - solid.centre), *own = &rays.own[static_cast<size_t>(i) * rays.count];
         for (int k = 0; k < rays.count; ++k) {
           if (blocked >> k & 1) continue;
-          const bool hits = hit_own(solid, tables_.planes, o, own[k]) < kInfinity;
+          const bool hits = blocks_own(solid, tables_.planes, o, own[k]);
           blocked |= static_cast<uint64_t>(hits) << k;
         }
       }

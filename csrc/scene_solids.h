@@ -164,6 +164,37 @@ inline double hit_own(const Solid& s, const Plane* planes, Vec o, Vec d) {
   }
 }
 
+// Whether a ray from outside meets the torus. Along the ray, from its point nearest to the middle, the torus is the
+// quartic x^4 + p x^2 + q x + r; Sturm's theorem counts its roots between two ends without looking for them.
+inline bool blocks_torus(const Solid& s, Vec o, Vec d) {
+  const double major2 = s.dims.x * s.dims.x, reach = s.dims.x + s.dims.y;
+  const double along = dot(o, d), disc = along * along - (dot(o, o) - reach * reach);
+  if (!(disc >= 0.0)) return false;
+  const double high = std::sqrt(disc), low = std::max(along, -high);
+  if (!(low < high)) return false;
+  const Vec m = o - along * d;
+  const double h = dot(m, m) + major2 - s.dims.y * s.dims.y;
+  const double p = 2.0 * h - 4.0 * major2 * (d.x * d.x + d.y * d.y);
+  const double q = -8.0 * major2 * (m.x * d.x + m.y * d.y);
+  const double r = h * h - 4.0 * major2 * (m.x * m.x + m.y * m.y);
+  const double a = -0.5 * p, b = -0.75 * q, c = -r;
+  const double k = -((0.5 * p) * (a * a) - c * a + b * b), l = -(0.25 * q * (a * a) + b * c);
+  const double last = -(a * (l * l) - b * (l * k) + c * (k * k));
+  const auto changes = [&](double x) {
+    const double values[] = {((x * x + p) * x + q) * x + r, (x * x + 0.5 * p) * x + 0.25 * q, (a * x + b) * x + c,
+                             k * x + l, last};
+    int count = 0;
+    for (int i = 0; i < 4; ++i) count += (values[i] < 0.0) != (values[i + 1] < 0.0);
+    return count;
+  };
+  return changes(low) > changes(high);
+}
+
+// Whether a unit ray from outside meets the solid, both given by `to_own`.
+inline bool blocks_own(const Solid& s, const Plane* planes, Vec o, Vec d) {
+  return s.kind == kTorus ? blocks_torus(s, o, d) : hit_own(s, planes, o, d) < kInfinity;
+}
+
 inline double hit(const Solid& s, const Plane* planes, Vec origin, Vec direction) {
   return hit_own(s, planes, s.to_own(origin - s.centre), s.to_own(direction));
 }

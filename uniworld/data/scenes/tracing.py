@@ -157,6 +157,38 @@ def _hit_torus(dims, o: Vector, d: Vector) -> np.ndarray:
     return result
 
 
+def blocks(row: np.ndarray, planes: np.ndarray, origin: Vector, direction: Vector) -> np.ndarray:
+    """Whether unit rays [M] from outside meet the solid of this row."""
+    if int(row[s.KIND]) != shapes.TORUS:
+        return hit(row, planes, origin, direction) < np.inf
+    return _blocks_torus(row[s.DIMS], to_axes(row, minus(origin, tuple(row[s.CENTRE]))), to_axes(row, direction))
+
+
+def _blocks_torus(dims, o: Vector, d: Vector) -> np.ndarray:
+    """Along the ray, from its point nearest to the middle, the torus is the quartic x^4 + p x^2 + q x + r; Sturm's
+    theorem counts its roots between two ends without looking for them."""
+    major2, reach = dims[0] * dims[0], dims[0] + dims[1]
+    along = dot(o, d)
+    disc = along * along - (dot(o, o) - reach * reach)
+    high = np.sqrt(np.maximum(disc, 0.0))
+    low = np.maximum(along, -high)
+    m = minus(o, times(along, d))
+    h = dot(m, m) + major2 - dims[1] * dims[1]
+    p = 2.0 * h - 4.0 * major2 * (d[0] * d[0] + d[1] * d[1])
+    q = -8.0 * major2 * (m[0] * d[0] + m[1] * d[1])
+    r = h * h - 4.0 * major2 * (m[0] * m[0] + m[1] * m[1])
+    a, b, c = -0.5 * p, -0.75 * q, -r
+    k, l = -((0.5 * p) * (a * a) - c * a + b * b), -(0.25 * q * (a * a) + b * c)
+    last = -(a * (l * l) - b * (l * k) + c * (k * k))
+
+    def changes(x):
+        chain = (((x * x + p) * x + q) * x + r, (x * x + 0.5 * p) * x + 0.25 * q, (a * x + b) * x + c, k * x + l, last)
+        negative = [value < 0.0 for value in chain]
+        return sum((before != after).astype(np.int64) for before, after in zip(negative, negative[1:]))
+
+    return (disc >= 0.0) & (low < high) & (changes(low) > changes(high))
+
+
 def normal_at(row: np.ndarray, planes: np.ndarray, point: Vector) -> Vector:
     """Unit outward normals at points [M] on the surface of the solid of this row."""
     p = to_axes(row, minus(point, tuple(row[s.CENTRE])))
@@ -217,7 +249,7 @@ def lit_share(tables: s.Tables, light: np.ndarray, rays: np.ndarray, point: Vect
         origin = take(point, index)
         for k, ray in enumerate(rays):
             direction = tuple(np.full(len(index), v) for v in ray)
-            blocked[k, index] |= hit(row, tables.planes, origin, direction) < np.inf
+            blocked[k, index] |= blocks(row, tables.planes, origin, direction)
     return 1.0 - blocked.sum(0) / float(len(rays))
 
 
