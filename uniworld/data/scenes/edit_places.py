@@ -1,16 +1,27 @@
 """Changes of where things stand: new things, moves, and two that change places."""
 
+import dataclasses
+
 import numpy as np
 
 from uniworld.data.scenes.descriptions import RELATIONS, attributes_of, describe
 from uniworld.data.scenes.edit_steps import HELD_OUT_RATE, Change, Step, altered, same, target
-from uniworld.data.scenes.graph import FLOOR_DEPTH, FLOOR_HALF_WIDTH, Scene, Thing, column, footprint_radius, row
-from uniworld.data.scenes.sampling import NoRoomError, arrange, is_clear, sample_thing
+from uniworld.data.scenes.graph import FLOOR_DEPTH, FLOOR_HALF_WIDTH, Scene, Thing, footprint_radius, gap
+from uniworld.data.scenes.sampling import MIN_GAP, in_picture, is_clear, sample_thing
 from uniworld.data.scenes.wording import Wording
 
 SHIFTS = (0.5, 0.6, 0.45, 0.7, 0.4, 0.8, 0.35, 0.9, 1.0)  # of x or z, the first that leaves the scene clear
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "front": (0, -1), "back": (0, 1)}  # of x and z
-PLACES_TRIED = 12
+PLACES_TRIED = 40
+# Of x and z: where "on the left" and the like are true of a thing, by `graph.column` and `graph.row`.
+REGIONS = {
+    "": ((-1, 1), (0, 1)),
+    "left": ((-1, -0.41), (0, 1)),
+    "middle": ((-0.31, 0.31), (0, 1)),
+    "right": ((0.41, 1), (0, 1)),
+    "front": ((-1, 1), (0, 0.39)),
+    "back": ((-1, 1), (0.61, 1)),
+}
 GAPS = (0.15, 0.3, 0.5, 0.8, 1.2)  # world units between a thing and the one it is put beside
 
 
@@ -40,13 +51,13 @@ def add_step(scene: Scene, words: Wording, split: str, _: frozenset[int]) -> Ste
 
 
 def find_place(scene: Scene, thing: Thing, rng: np.random.Generator, side: str = "") -> Thing | None:
-    """The thing at a free place, on this side of the picture where one is named; None where there is none."""
+    """The thing at a free place, on this side of the picture where one is named; None where none was found."""
+    (left, right), (near, far) = REGIONS[side]
     for _ in range(PLACES_TRIED):
-        try:
-            (placed,) = arrange(rng, [thing], keep=scene.things)
-        except NoRoomError:
-            return None
-        if not side or side in (column(placed), row(placed)):
+        x, z = round(float(rng.uniform(left, right)), 3), round(float(rng.uniform(near, far)), 3)
+        placed = dataclasses.replace(thing, x=x, z=z)
+        apart = all(gap(placed, other) >= MIN_GAP for other in scene.things)
+        if apart and in_picture(placed) and is_clear((*scene.things, placed)):
             return placed
     return None
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,7 +24,7 @@ from uniworld.data.scenes.edit_steps import (
     style_step,
 )
 from uniworld.data.scenes.graph import Scene
-from uniworld.data.scenes.sampling import sample_scene
+from uniworld.data.scenes.sampling import NoRoomError, sample_scene, sample_things
 from uniworld.data.scenes.wording import Wording, wording
 
 STEPS: dict[str, Callable[[Scene, Wording, str, frozenset[int]], Step | None]] = {
@@ -57,7 +58,7 @@ KINDS: dict[str, dict[str, float]] = {
 NUM_THINGS = {"add": (1, 2, 3, 4), "remove": (2, 3, 4, 5), "hybrid": (2, 3, 4)}  # before; equally likely
 DEFAULT_NUM_THINGS = (1, 2, 3, 4)
 TO_PHOTO_RATE = 0.1  # of style edits, that start from another style
-MAX_TRIES = 500
+MAX_TRIES, TRIES_OF_A_SCENE = 1000, 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,14 +94,15 @@ def make_edit(kind: str, rng: np.random.Generator, *, split: str = "train", lang
     names = [draw_key(KINDS[kind], rng)]
     if kind == "hybrid":
         names.append(draw_key({name: w for name, w in KINDS[kind].items() if name != names[0]}, rng))
-    for _ in range(MAX_TRIES):
-        before = sample_before(kind, names, rng, split)
+    for number in range(MAX_TRIES):
+        if number % TRIES_OF_A_SCENE == 0:
+            before = sample_before(kind, names, rng, split)
         edit = _hybrid(before, names, words, split, language) if kind == "hybrid" else None
         if kind != "hybrid" and (step := STEPS[names[0]](before, words, split, frozenset())):
             edit = _single(kind, before, step, words, language)
         if edit is not None:
             return edit
-    raise RuntimeError(f"no {kind} edit of steps {names} in {MAX_TRIES} scenes")
+    raise RuntimeError(f"no {kind} edit of steps {names} in {MAX_TRIES} tries")
 
 
 def edit_mask(before: np.ndarray, after: np.ndarray) -> np.ndarray:
@@ -121,11 +123,20 @@ def sample_before(kind: str, names: list[str], rng: np.random.Generator, split: 
     numbers = NUM_THINGS.get(kind, DEFAULT_NUM_THINGS)
     if set(names) & {"move_by", "swap"}:
         numbers = NUM_THINGS["hybrid"]
-    scene = sample_scene(rng, split=split, num_things=int(rng.choice(numbers)))
+    number = int(rng.choice(numbers))
+    scene = _with_doll(rng, split, number) if "pose" in names else sample_scene(rng, split=split, num_things=number)
     style = "photo"
     if kind == "style" and rng.random() < TO_PHOTO_RATE:
         style = str(rng.choice(("watercolour", "oil painting", "cartoon", "pixel art")))
     return dataclasses.replace(scene, style=style)
+
+
+def _with_doll(rng: np.random.Generator, split: str, number: int) -> Scene:
+    while True:
+        things = sample_things(rng, number, split=split)
+        if any(thing.shape == "doll" for thing in things):
+            with suppress(NoRoomError):
+                return sample_scene(rng, split=split, things=things)
 
 
 def kept_things(origins: tuple[int | None, ...], changes: tuple[Change, ...]) -> tuple[tuple[int, int], ...]:

@@ -220,12 +220,17 @@ draw a box around {the}
 detect {the}
 mark {the} with a bounding box
 find {the} and put a box around it
-# perceive segment all
+# perceive segment main
 Segment the main object from the background.
+segment the object
+show the mask of the thing in this picture
+# perceive segment all
 segment all things from the background
 show the mask of everything in the foreground
-# perceive detect all
+# perceive detect main
 Detect the main object in this image and draw its bounding box.
+draw a box around the object
+# perceive detect all
 detect all things and draw their bounding boxes
 draw a box around every thing
 

@@ -143,9 +143,15 @@ PHRASES = parse_phrases("""
 # perceive detect
 检测{the}并画出边界框
 用方框标出{the}
+# perceive segment main
+把主要物体从背景中分割出来
+显示图中物体的掩码
 # perceive segment all
 把所有物体从背景中分割出来
 显示前景的掩码
+# perceive detect main
+检测主要物体并画出边界框
+用方框标出图中的物体
 # perceive detect all
 检测所有物体并画出边界框
 用方框标出每个物体
