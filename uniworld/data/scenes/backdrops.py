@@ -42,6 +42,31 @@ def backdrop(name: str, variant: int, size_px: int) -> Backdrop:
     )
 
 
+def has_seam(name: str) -> bool:
+    """Whether floor and wall meet in a line that is seen; the studio's paper bends."""
+    return name != "studio"
+
+
+def straight_lines(name: str) -> list[tuple[tuple[float, float, float], tuple[float, float, float]]]:
+    """The straight lines of a backdrop, ends in the world."""
+    edge = 3.6  # beyond the picture
+    if name == "studio":
+        return []
+    if name == "beach":
+        return [((-edge, BEACH_HORIZON, camera.WALL_Z), (edge, BEACH_HORIZON, camera.WALL_Z))]
+    seam = ((-edge, 0.0, camera.WALL_Z), (edge, 0.0, camera.WALL_Z))
+    if name == "wood table":
+        return [seam, *(((i * PLANK, 0.0, NEAR_Z), (i * PLANK, 0.0, camera.WALL_Z)) for i in range(-5, 6))]
+    if name == "tiles":
+        along = [(((i - 0.5) * TILE, 0.0, NEAR_Z), ((i - 0.5) * TILE, 0.0, camera.WALL_Z)) for i in range(-3, 5)]
+        across = [((-edge, 0.0, j * TILE), (edge, 0.0, j * TILE)) for j in range(-1, 5)]
+        return [seam, *along, *across]
+    return [seam]
+
+
+NEAR_Z = -1.4  # of the floor at the bottom of the picture
+PLANK, TILE = 0.62, 0.95  # widths, world units
+BEACH_HORIZON = 0.8  # height on the wall
 STEPS = 3  # points a pixel, each way
 
 
@@ -115,9 +140,8 @@ def _studio(g: _Ground):
 
 
 def _wood_table(g: _Ground):
-    width = 0.62
-    plank = np.floor(g.x / width)
-    across = g.x / width - plank
+    plank = np.floor(g.x / PLANK)
+    across = g.x / PLANK - plank
     grain = g.rough(g.x * 9 + plank * 3.7, g.z * 0.7 + plank * 5.1, 3, layer=1)
     rings = g.noise(g.x * 26 + 1.6 * grain, g.z * 1.1 + plank * 2.3, layer=4)
     tone = 0.5 + 0.32 * grain + 0.14 * rings + 0.3 * (g.grid[(plank % 128).astype(np.int64), 7] - 0.5)
@@ -134,10 +158,9 @@ def _beach(g: _Ground):
     sea = _mix((134, 176, 180), (100, 146, 162), (g.z - shore) / 0.9)
     foam = np.clip(1 - np.abs(g.z - shore - 0.03) / 0.09, 0, 1)
     floor = _mix(_mix(wet, sea, _step(g.z - shore, 0.05)), (240, 244, 242), 0.9 * foam)
-    horizon = 0.8
     waves = 7 * g.noise(g.x * 2.2, g.y * 16, 5)
-    far_sea = _mix((100, 146, 162), (86, 126, 150), g.y / horizon) + waves[..., None]
-    wall = _mix(_sky(g, (222, 228, 226), (160, 190, 212), 0.75), far_sea, _step(horizon - g.y, 0.03))
+    far_sea = _mix((100, 146, 162), (86, 126, 150), g.y / BEACH_HORIZON) + waves[..., None]
+    wall = _mix(_sky(g, (222, 228, 226), (160, 190, 212), 0.75), far_sea, _step(BEACH_HORIZON - g.y, 0.03))
     return floor, wall
 
 
@@ -170,14 +193,13 @@ def _night(g: _Ground):
 
 
 def _tiles(g: _Ground):
-    edge = 0.95
-    a, b = g.x / edge + 0.5, g.z / edge
+    a, b = g.x / TILE + 0.5, g.z / TILE
     i, j = np.floor(a), np.floor(b)
     tone = np.where((i + j) % 2 == 0, 205.0, 166.0) + 8 * (
         g.grid[i.astype(np.int64) % 128, j.astype(np.int64) % 128] - 0.5
     )
     tone = tone + 4 * g.rough(g.x * 4, g.z * 4, 3)
-    grout = np.minimum(np.minimum(a - i, 1 - a + i), np.minimum(b - j, 1 - b + j)) * edge
+    grout = np.minimum(np.minimum(a - i, 1 - a + i), np.minimum(b - j, 1 - b + j)) * TILE
     floor = _mix((128, 126, 122), tone[..., None] * np.array([1.0, 0.985, 0.96]), np.clip(grout / 0.022, 0, 1))
     wall = _mix((166, 176, 184), (190, 197, 203), g.y / 2.6)
     skirting = _mix((206, 204, 198), (226, 224, 218), _step(g.y - 0.1, 0.15))

@@ -5,7 +5,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from uniworld.data.scenes import backdrops, camera, shading, solids, styles, surfaces
+from uniworld.data.scenes import backdrops, camera, contours, shading, solids, styles, surfaces
 from uniworld.data.scenes.graph import Scene
 from uniworld.kernels import extension
 
@@ -45,7 +45,15 @@ def render(scene: Scene, size_px: int = 128) -> Rendered:
     image = draw(tables, *eye, light, floor_rays, solid_rays, around, backdrop.albedo, surfaces.srgb_table())
     ids, depth, normal, _ = geometry(tables, size_px)
     joints = {index: _in_picture(points, size_px) for index, points in tables.joints.items()}
-    return Rendered(scene, styles.apply(scene.style, image), ids, depth, normal, joints)
+    lines = fine_contours(scene, size_px, thick=False) if scene.style in styles.NEED_LINES else None
+    return Rendered(scene, styles.apply(scene.style, image, lines), ids, depth, normal, joints)
+
+
+def fine_contours(scene: Scene, size_px: int, thick: bool) -> np.ndarray:
+    """`contours` of a scene, from geometry at twice the size: smooth lines, float32 [H, W] from 0 to 1."""
+    ids, depth, normal, _ = geometry(solids.tables(scene), 2 * size_px)
+    seam = backdrops.has_seam(scene.background)
+    return contours.halve(contours.contours(ids, depth, normal, seam, thick))
 
 
 def check_size(size_px: int) -> None:
