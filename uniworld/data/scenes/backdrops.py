@@ -1,4 +1,4 @@
-"""The eight backdrops: floor and backdrop wall as albedo images, and the mean colours that shine back from them."""
+"""The eight backdrops, and plain white: floor and wall as albedo images, and the mean colours that they shine back."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -6,6 +6,7 @@ from functools import lru_cache
 import numpy as np
 
 from uniworld.data.scenes import camera
+from uniworld.data.scenes.graph import PLAIN
 from uniworld.data.scenes.solids import linear
 
 NUM_VARIANTS = 4  # of each backdrop's texture; the scene's seed chooses
@@ -44,13 +45,13 @@ def backdrop(name: str, variant: int, size_px: int) -> Backdrop:
 
 def has_seam(name: str) -> bool:
     """Whether floor and wall meet in a line that is seen; the studio's paper bends."""
-    return name != "studio"
+    return name not in ("studio", PLAIN)
 
 
 def straight_lines(name: str) -> list[tuple[tuple[float, float, float], tuple[float, float, float]]]:
     """The straight lines of a backdrop, ends in the world."""
     edge = 3.6  # beyond the picture
-    if name == "studio":
+    if not has_seam(name):
         return []
     if name == "beach":
         return [((-edge, BEACH_HORIZON, camera.WALL_Z), (edge, BEACH_HORIZON, camera.WALL_Z))]
@@ -231,6 +232,11 @@ def _desert(g: _Ground):
     return floor, wall
 
 
+def _plain(g: _Ground):
+    white = np.full((*g.y.shape, 3), 244.0)
+    return white, white
+
+
 _PAINTERS = {
     "studio": _studio,
     "wood table": _wood_table,
@@ -240,4 +246,5 @@ _PAINTERS = {
     "tiles": _tiles,
     "snow": _snow,
     "desert": _desert,
+    PLAIN: _plain,
 }

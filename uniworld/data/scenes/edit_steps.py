@@ -12,6 +12,7 @@ from uniworld.data.scenes.graph import (
     COLOURS,
     LIGHTS,
     MATERIALS,
+    PLAIN,
     POSES,
     SHAPES,
     SIZES,
@@ -161,7 +162,7 @@ def extract_step(scene: Scene, words: Wording, split: str, blocked: frozenset[in
     index, the = target(scene, words, split, blocked)
     if the is None:
         return None
-    after = dataclasses.replace(scene, things=(scene.things[index],), background="plain")
+    after = dataclasses.replace(scene, things=(scene.things[index],), background=PLAIN)
     change = Change(kind="extract", before=index, after=0)
     return Step(
         after=after,
@@ -174,7 +175,7 @@ def extract_step(scene: Scene, words: Wording, split: str, blocked: frozenset[in
 
 
 def background_step(scene: Scene, words: Wording, *_) -> Step | None:
-    value = words.pick([name for name in BACKGROUNDS if name not in (scene.background, "plain")])
+    value = words.pick([name for name in BACKGROUNDS if name != scene.background])
     tables = {"background": "BACKGROUNDS", "background_at": "BACKGROUNDS_AT", "background_to": "BACKGROUNDS_TO"}
     return _whole(scene, "background", "background", value, {k: words.word(v, value) for k, v in tables.items()})
 

@@ -24,6 +24,7 @@ COLOURS = {
 MATERIALS = ("matte", "glossy", "metal", "striped", "dotted")
 SIZES = ("small", "medium", "large")
 BACKGROUNDS = ("studio", "wood table", "beach", "meadow", "night", "tiles", "snow", "desert")
+PLAIN = "plain"  # nothing but white, without shadows: what a thing is put on that is cut out of a scene; never sampled
 LIGHTS = ("left", "right", "front", "warm", "cool", "dim")
 STYLES = ("photo", "pencil sketch", "watercolour", "pixel art", "black and white", "cartoon", "oil painting")
 SPLITS = ("train", "held-out")
@@ -117,7 +118,7 @@ class Scene:
     """Chooses the detail of the background's texture, nothing else."""
 
     def __post_init__(self) -> None:
-        check_choice("background", self.background, BACKGROUNDS)
+        check_choice("background", self.background, (*BACKGROUNDS, PLAIN))
         check_choice("light", self.light, LIGHTS)
         check_choice("style", self.style, STYLES)
 

@@ -47,7 +47,7 @@ PHRASES = parse_phrases("""
 # caption long
 {style}，{background_at}有{parts}。{places}{light}
 {style}，画的是{parts}，背景是{background}。{places}{light}
-画面中{background_at}有{parts}。这是{style}。{places}{light}
+这是{style}，{background_at}有{parts}。{places}{light}
 # caption place
 {the_1}在{the_2}的{relation}。
 {the_1}位于{the_2}的{relation}。

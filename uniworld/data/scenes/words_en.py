@@ -121,8 +121,8 @@ SIDES = {
     "back": ("at the back", "in the background"),
 }
 EXTREMES = {  # patterns around the noun
-    "left": ("leftmost {}", "{} furthest to the left"),
-    "right": ("rightmost {}", "{} furthest to the right"),
+    "left": ("leftmost {}", "{} on the far left"),
+    "right": ("rightmost {}", "{} on the far right"),
     "front": ("nearest {}", "{} closest to the viewer"),
     "back": ("farthest {}", "{} at the very back"),
 }

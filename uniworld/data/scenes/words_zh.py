@@ -26,8 +26,8 @@ MATERIALS = {  # with 的: before a noun and after 是
     "matte": ("哑光的",),
     "glossy": ("光滑的", "有光泽的"),
     "metal": ("金属的", "金属质感的"),
-    "striped": ("条纹的", "带条纹的"),
-    "dotted": ("圆点的", "带圆点的"),
+    "striped": ("带条纹的", "条纹的"),
+    "dotted": ("带圆点的", "波点的"),
 }
 FINISHES = MATERIALS
 SIZES = {"small": ("小", "小小的"), "medium": ("中等大小的",), "large": ("大", "大大的")}
@@ -102,8 +102,8 @@ SIDES = {
     "left": ("左边", "左侧"),
     "middle": ("中间",),
     "right": ("右边", "右侧"),
-    "front": ("前面", "前方"),
-    "back": ("后面", "后方"),
+    "front": ("近处", "前景处"),
+    "back": ("远处", "后方"),
 }
 EXTREMES = {
     "left": ("最左边的{}",),
