@@ -30,6 +30,7 @@ FLOORS = {
     "uniworld.cli_train": 5,
     "uniworld.cli_check_data": 5,
     "uniworld.cli_export": 5,
+    "uniworld.cli_make_data": 5,
     "uniworld.cli_precompute": 5,
     "uniworld.cli_plan": 5,
     "uniworld.cli_plot": 5,

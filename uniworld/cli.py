@@ -8,6 +8,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from uniworld.cli_make_data import make_data
 from uniworld.cli_options import (
     OUTPUT_PANEL,
     DrawOptions,
@@ -224,6 +225,9 @@ def check_data(
         kind=kind, columns=tuple(column or ()), anchor_px=anchor_px, limit=limit, page=page, num_shown=shown
     )
     return cli_check_data.check_data(sources, options, workers, quiet)
+
+
+app.command("make-data")(make_data)
 
 
 @app.command()

@@ -124,16 +124,17 @@ def sample_before(kind: str, names: list[str], rng: np.random.Generator, split: 
     if set(names) & {"move_by", "swap"}:
         numbers = NUM_THINGS["hybrid"]
     number = int(rng.choice(numbers))
-    scene = _with_doll(rng, split, number) if "pose" in names else sample_scene(rng, split=split, num_things=number)
+    scene = (with_doll if "pose" in names else sample_scene)(rng, split=split, num_things=number)
     style = "photo"
     if kind == "style" and rng.random() < TO_PHOTO_RATE:
         style = str(rng.choice(("watercolour", "oil painting", "cartoon", "pixel art")))
     return dataclasses.replace(scene, style=style)
 
 
-def _with_doll(rng: np.random.Generator, split: str, number: int) -> Scene:
+def with_doll(rng: np.random.Generator, *, split: str, num_things: int) -> Scene:
+    """As `sample_scene`, with a doll among the things."""
     while True:
-        things = sample_things(rng, number, split=split)
+        things = sample_things(rng, num_things, split=split)
         if any(thing.shape == "doll" for thing in things):
             with suppress(NoRoomError):
                 return sample_scene(rng, split=split, things=things)

@@ -260,11 +260,4 @@ use this pose to draw {caption}
 Generate an image from this sketch: {caption}
 color this sketch: {caption}
 finish this drawing as {caption}
-# draw segment
-Generate an image from this segmentation map: {caption}
-fill this mask: {caption}
-use this segmentation to draw {caption}
-# draw detect
-Generate an image from these bounding boxes: {caption}
-fill these boxes to get {caption}
 """)

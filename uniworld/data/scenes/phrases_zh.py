@@ -171,8 +171,4 @@ PHRASES = parse_phrases("""
 # draw sketch
 根据这张线稿生成图片：{caption}
 给这张线稿上色：{caption}
-# draw segment
-根据这张分割图生成图片：{caption}
-# draw detect
-根据这些边界框生成图片：{caption}
 """)

@@ -1,0 +1,81 @@
+"""The command `make-data`. What draws and writes is imported inside it, so that `--help` is immediate."""
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def make_data(
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="The folder to fill.")],
+    num: Annotated[int, typer.Option(min=1, metavar="N", help="Pairs in all.")] = 100_000,
+    split: Annotated[str, typer.Option(help="train or held-out.")] = "train",
+    seed: Annotated[int, typer.Option(min=0, help="Same seed, same bytes.")] = 0,
+    tasks: Annotated[
+        str | None,
+        typer.Option(metavar="TASK,...", help="understanding, t2i, edit, perceive, compose; default: all of them."),
+    ] = None,
+    size: Annotated[int, typer.Option(metavar="PIXELS", help="Width and height of the pictures.")] = 128,
+    format: Annotated[str, typer.Option(help="webdataset (tar shards), authors (data.txt) or both.")] = "both",
+    workers: Annotated[int | None, typer.Option(min=1, metavar="N", help="Processes; default: one a core.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+) -> None:
+    """Make training data of drawn scenes: pictures, instructions, questions and answers.
+
+    The same command goes on where it was interrupted.
+
+    Example: `uniworld make-data --num 100000 -o scenes`
+
+    Example: `uniworld make-data --num 2000 -o check --split held-out --tasks edit,t2i`
+    """
+    from uniworld.data.scenes import make
+    from uniworld.data.scenes.tasks import MIXTURE
+
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"--output {output}: is no folder")
+    names = tuple(MIXTURE) if tasks is None else tuple(name.strip() for name in tasks.split(","))
+    plan = make.DataPlan(num=num, split=split, seed=seed, tasks=names, size_px=size, format=format)
+    make.open_folder(plan, output)  # before the bar is drawn
+    start = time.perf_counter()
+    with _progress_bar(quiet) as progress:
+        made = make.make_data(plan, output, num_workers=workers or os.cpu_count() or 1, progress=progress)
+    if not quiet:
+        _report(made, num, time.perf_counter() - start)
+    for path in make.results(plan, output):
+        print(path)
+
+
+def _report(made: int, num: int, seconds: float) -> None:
+    from rich.console import Console
+
+    there = f", {num - made} were there" if made < num else ""
+    text = f"{made} pairs in {seconds:.1f} s ({made / max(seconds, 1e-9):.0f} pairs/s){there}"
+    Console(stderr=True, highlight=False, soft_wrap=True).print(text)
+
+
+@contextmanager
+def _progress_bar(quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
+    """A function that is told (done, total), which draws a bar on stderr."""
+    if quiet:
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    rate = TextColumn("{task.fields[rate]}")
+    columns = ("making data", BarColumn(), MofNCompleteColumn(), rate, TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("make", total=None, rate="")
+        start, first = time.perf_counter(), None
+
+        def update(done: int, total: int) -> None:
+            nonlocal first
+            first = done if first is None else first
+            speed = (done - first) / (time.perf_counter() - start)
+            progress.update(task, completed=done, total=total, rate=f"{speed:.0f} pairs/s")
+
+        yield update

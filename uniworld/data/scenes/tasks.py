@@ -1,0 +1,160 @@
+"""One training item of any task, made from a seed: a conversation, its pictures, and the facts a scorer needs."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from uniworld.data.samples import conversation_of
+from uniworld.data.scenes import edits, perception_items, prompts
+from uniworld.data.scenes.compositions import make_composition
+from uniworld.data.scenes.edits import Edit, draw_key, make_edit
+from uniworld.data.scenes.graph import SPLITS, STYLES, Scene, check_choice
+from uniworld.data.scenes.questions import converse
+from uniworld.data.scenes.render import render
+from uniworld.data.scenes.sampling import sample_scene
+from uniworld.data.scenes.wording import Wording, wording
+from uniworld.models.prompts import IMAGE_MARK
+
+SIZE_PX = 128
+LANGUAGE_WEIGHTS = {"en": 2, "zh": 1}
+# Task -> its share of a mixture.
+MIXTURE = {"understanding": 0.2, "t2i": 0.2, "edit": 0.4, "perceive": 0.15, "compose": 0.05}
+KIND_WEIGHTS = {
+    "edit": dict.fromkeys(edits.KINDS, 1.0) | {"adjust": 2.0},
+    "t2i": prompts.KIND_WEIGHTS,
+    "perceive": perception_items.KIND_WEIGHTS,
+}
+NUM_TURNS = (1, 2, 3, 4)
+WHOLE_PICTURE = ("background", "style", "light")  # changes after which no latent counts more than others
+STYLE_RATE = 0.25  # of scenes that are talked about, in another style than a photo
+
+
+@dataclass(frozen=True, kw_only=True)
+class Item:
+    """A training item.
+
+    conversations: in the authors' format; the last answer is `<gen_image>`, but of "understanding", which only talks.
+    pictures: uint8 [H, W, 3] in the order of their marks, the target last. scenes: what is in them; of a perception
+    item, the one scene. facts: the Edit, captions.Prompt, Perception or Questions that it was made of.
+    """
+
+    task: str
+    kind: str
+    language: str
+    split: str
+    seed: int
+    conversations: list[dict[str, str]]
+    pictures: tuple[np.ndarray, ...]
+    scenes: tuple[Scene, ...]
+    facts: Any
+    need_weight: bool = True
+
+    def record(self) -> dict:
+        """The annotation, without the pictures: `make_item` makes the facts again from task, seed and split."""
+        return {
+            "conversations": self.conversations,
+            "need_weight": self.need_weight,
+            "task": self.task,
+            "kind": self.kind,
+            "language": self.language,
+            "split": self.split,
+            "seed": self.seed,
+        }
+
+
+def make_item(
+    task: str,
+    seed: int | tuple[int, ...],
+    split: str = "train",
+    *,
+    kind: str | None = None,
+    language: str | None = None,
+    size_px: int = SIZE_PX,
+) -> Item:
+    """The item of a task with this seed. The same arguments give the same words and the same pictures.
+
+    Args:
+        task: a key of MIXTURE.
+        kind: of "edit", "t2i" and "perceive": one of KIND_WEIGHTS[task]; drawn by weight where it is None.
+        language: "en" or "zh"; drawn where it is None, two to one.
+
+    Raises: ValueError naming the argument, its value and what is allowed.
+    """
+    check_choice("task", task, tuple(MIXTURE))
+    check_choice("split", split, SPLITS)
+    numbers = (seed,) if isinstance(seed, int) else tuple(seed)
+    if min(numbers) < 0:
+        raise ValueError(f"seed={seed}: must not be negative")
+    rng = np.random.default_rng((list(MIXTURE).index(task), SPLITS.index(split), *numbers))
+    drawn = draw_key(LANGUAGE_WEIGHTS, rng), draw_key(KIND_WEIGHTS.get(task, {task: 1.0}), rng)
+    language, kind = language or drawn[0], kind or drawn[1]
+    check_choice("kind", kind, tuple(KIND_WEIGHTS.get(task, {task: 1.0})))
+    parts = MAKERS[task](kind, rng, wording(language, rng), split, language, size_px)
+    return Item(task=task, kind=kind, language=language, split=split, seed=seed, **parts)
+
+
+def _understanding(kind: str, rng: np.random.Generator, words: Wording, split: str, _: str, size_px: int) -> dict:
+    """Questions and answers about one picture, one or several."""
+    num_turns, questions = int(rng.choice(NUM_TURNS)), ()
+    while not questions:
+        style = words.pick(STYLES) if words.chance(STYLE_RATE) else "photo"
+        scene = sample_scene(rng, split=split, style=style)
+        questions = converse(scene, words, split, num_turns)
+    turns = []
+    for question in questions:
+        mark = "" if turns else f"{IMAGE_MARK}\n"
+        turns += [{"from": "human", "value": mark + question.text}, {"from": "gpt", "value": question.answer}]
+    picture = render(scene, size_px).image
+    return {"conversations": turns, "pictures": (picture,), "scenes": (scene,), "facts": questions}
+
+
+def _t2i(kind: str, rng: np.random.Generator, words: Wording, split: str, language: str, size_px: int) -> dict:
+    scene, prompt = prompts.make_prompt(kind, rng, words, split, language)
+    return {
+        "conversations": conversation_of(prompt.text, 0),
+        "pictures": (render(scene, size_px).image,),
+        "scenes": (scene,),
+        "facts": prompt,
+        "need_weight": False,
+    }
+
+
+def _edit(kind: str, rng: np.random.Generator, words: Wording, split: str, language: str, size_px: int) -> dict:
+    return _edit_parts(make_edit(kind, rng, split=split, language=language), size_px)
+
+
+def _compose(kind: str, rng: np.random.Generator, words: Wording, split: str, language: str, size_px: int) -> dict:
+    return _edit_parts(make_composition(rng, split=split, language=language), size_px)
+
+
+def _perceive(kind: str, rng: np.random.Generator, words: Wording, split: str, language: str, size_px: int) -> dict:
+    made = perception_items.make_perception(kind, rng, words, split)
+    return {
+        "conversations": conversation_of(made.instruction, 1),
+        "pictures": made.pictures(size_px),
+        "scenes": (made.scene,),
+        "facts": made,
+        "need_weight": False,
+    }
+
+
+def _edit_parts(edit: Edit, size_px: int) -> dict:
+    scenes = tuple(scene for scene in (edit.before, edit.second, edit.after) if scene is not None)
+    return {
+        "conversations": conversation_of(edit.instruction, len(scenes) - 1),
+        "pictures": tuple(render(scene, size_px).image for scene in scenes),
+        "scenes": scenes,
+        "facts": edit,
+        "need_weight": not any(change.kind in WHOLE_PICTURE for change in edit.changes),
+    }
+
+
+MAKERS: dict[str, Callable[..., dict]] = {
+    "understanding": _understanding,
+    "t2i": _t2i,
+    "edit": _edit,
+    "perceive": _perceive,
+    "compose": _compose,
+}
