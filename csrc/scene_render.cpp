@@ -11,7 +11,7 @@ namespace {
 using namespace scene;
 
 enum Material { kMatte = 0, kGlossy, kMetal, kStriped, kDotted };
-constexpr double kStripeShare = 0.42, kNudge = 1e-3;
+constexpr double kStripeShare = 0.42, kNudge = 1e-3, kWallFacing = 0.55;
 
 struct Colour {
   double c[3];
@@ -44,11 +44,11 @@ struct Light {
   double sun[3], sky[3], ground, softness;
 };
 struct Around {
-  double floor[3], low[3], high[3], bounce[3], wall_lit;
+  double floor[3], low[3], high[3], bounce[3], wall_lit, bend;
 };
 static_assert(sizeof(Thing) == 22 * sizeof(double) && sizeof(Foot) == 10 * sizeof(double));
 static_assert(sizeof(View) == 14 * sizeof(double) && sizeof(Light) == 11 * sizeof(double));
-static_assert(sizeof(Around) == 13 * sizeof(double) && sizeof(Dot) == 4 * sizeof(double));
+static_assert(sizeof(Around) == 14 * sizeof(double) && sizeof(Dot) == 4 * sizeof(double));
 
 template <typename T>
 struct Rows {
@@ -144,7 +144,9 @@ class Shader {
     double shade = 1.0;
     for (const Foot& foot : tables_.feet) shade = shade * foot_shade(foot, point);
     const double lit = on_floor || around_.wall_lit > 0.0 ? lit_share(floor_rays_, point, -1) : 1.0;
-    const double sun = on_floor ? light_.towards.y * lit * (0.35 + 0.65 * shade) : 0.55 * lit;
+    const double upright = around_.bend > 0.0 ? std::min(point.y / around_.bend, 1.0) : 1.0;
+    const double facing = light_.towards.y + (kWallFacing - light_.towards.y) * upright;
+    const double sun = on_floor ? light_.towards.y * lit * (0.35 + 0.65 * shade) : facing * lit;
     const double ambient = on_floor ? shade : 1.0;
     Colour out;
     for (int i = 0; i < 3; ++i)
@@ -243,15 +245,15 @@ class Shader {
       const Colour mirrored = surroundings(reflect(direction, normal));
       const double edge = 1.0 - std::max(-dot(normal, direction), 0.0);
       const double fresnel = 0.04 + 0.5 * (edge * edge * edge * edge * edge);
-      const double shine = 0.85 * power(glint, 6) * lit;
+      const double shine = 0.75 * power(glint, 6) * lit;
       for (int i = 0; i < 3; ++i) out->c[i] = out->c[i] + (light_.sun[i] * shine + fresnel * mirrored.c[i]);
     } else if (material == kMetal) {
       const Colour mirrored = mirror(t, start, reflect(direction, normal));
       const double grey = 0.3 * mirrored.c[0] + 0.5 * mirrored.c[1] + 0.2 * mirrored.c[2];
-      const double shine = 0.6 * power(glint, 5) * lit;
+      const double shine = 0.5 * power(glint, 5) * lit;
       for (int i = 0; i < 3; ++i) {
-        const double image = (0.05 + 0.85 * base.c[i]) * (0.7 * grey + 0.3 * mirrored.c[i]);
-        out->c[i] = 0.35 * out->c[i] + image + light_.sun[i] * shine;
+        const double image = (0.03 + 1.05 * base.c[i]) * (0.7 * grey + 0.3 * mirrored.c[i]);
+        out->c[i] = 0.33 * out->c[i] + image + light_.sun[i] * shine;
       }
     } else {
       const double shine = 0.16 * power(glint, 5) * lit;
@@ -270,7 +272,8 @@ class Shader {
     return out;
   }
 
-  // What a metal thing shows: its surroundings, and the other things in plain shading.
+  // What a metal thing shows: its surroundings with more contrast and a dark horizon, and the other things in plain
+  // shading.
   Colour mirror(int t, Vec start, Vec d) const {
     double best = kInfinity;
     const Solid* seen = nullptr;
@@ -287,7 +290,14 @@ class Shader {
         }
       }
     }
-    if (seen == nullptr) return surroundings(d);
+    if (seen == nullptr) {
+      const double contrast = 0.75 + 0.75 * clamp01((d.y + 0.1) / 0.5);
+      const double dark = contrast * (1.0 - 0.7 * std::max(1.0 - std::abs(d.y + 0.06) / 0.26, 0.0));
+      const double strip = 0.9 * std::max(1.0 - std::abs(d.x - 0.7 * light_.towards.x) / 0.2, 0.0);
+      Colour world = surroundings(d);
+      for (int i = 0; i < 3; ++i) world.c[i] = dark * world.c[i] + light_.sun[i] * strip;
+      return world;
+    }
     const Vec normal = normal_at(*seen, tables_.planes, start + best * d);
     const double slope = std::max(dot(normal, light_.towards), 0.0);
     const Thing& thing = tables_.things[seen->owner()];

@@ -15,13 +15,15 @@ NUM_VARIANTS = 4  # of each backdrop's texture; the scene's seed chooses
 @dataclass(frozen=True)
 class Backdrop:
     """albedo: float32 [H, W, 3], linear. floor, low, high [3]: mean colours of the floor and of the wall's lower and
-    upper part. wall_lit: whether things cast shadows on the wall; a painted sky takes none."""
+    upper part. wall_lit: whether things cast shadows on the wall; a painted sky takes none. bend: height over which the
+    wall rises from the floor without a seam, 0 where there is one."""
 
     albedo: np.ndarray
     floor: np.ndarray
     low: np.ndarray
     high: np.ndarray
     wall_lit: bool
+    bend: float
 
 
 @lru_cache(maxsize=128)
@@ -40,6 +42,7 @@ def backdrop(name: str, variant: int, size_px: int) -> Backdrop:
         low=low,
         high=high,
         wall_lit=name in ("studio", "wood table", "tiles"),
+        bend=0.0 if has_seam(name) else STUDIO_BEND,
     )
 
 
@@ -65,6 +68,7 @@ def straight_lines(name: str) -> list[tuple[tuple[float, float, float], tuple[fl
     return [seam]
 
 
+STUDIO_BEND = 1.4
 NEAR_Z = -1.4  # of the floor at the bottom of the picture
 PLANK, TILE = 0.62, 0.95  # widths, world units
 BEACH_HORIZON = 0.8  # height on the wall
@@ -135,7 +139,7 @@ def _studio(g: _Ground):
     glow = np.clip(1 - ((g.x / 3.4) ** 2 + ((g.y - 1.2) / 2.6) ** 2), 0, 1)
     bend = np.clip((g.z - 3.4) / 1.2, 0, 1) ** 2  # the paper rises in a curve: no line between floor and wall
     floor = paper - 10 * bend
-    wall = paper - 10 + 26 * glow * np.clip(g.y / 1.2, 0, 1)
+    wall = paper - 10 + 26 * glow * _step(g.y / STUDIO_BEND - 0.5, 1.0)
     tint = np.array([1.0, 0.985, 0.955])
     return floor[..., None] * tint, wall[..., None] * tint
 

@@ -11,12 +11,12 @@ SHAPES = ("ball", "cube", "cylinder", "cone", "torus", "pyramid", "doll")
 # sRGB. Far apart in CIELAB and not too near white, so that shading keeps each nearest to itself.
 COLOURS = {
     "red": (214, 32, 38),
-    "orange": (250, 128, 20),
+    "orange": (250, 134, 24),
     "yellow": (250, 214, 40),
     "green": (44, 160, 60),
     "cyan": (40, 196, 208),
-    "blue": (36, 76, 214),
-    "purple": (128, 52, 172),
+    "blue": (24, 96, 216),
+    "purple": (132, 44, 164),
     "pink": (246, 130, 186),
     "white": (244, 244, 242),
     "black": (30, 30, 34),

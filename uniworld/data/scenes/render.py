@@ -96,12 +96,12 @@ def view_rays(size_px: int, step: int) -> np.ndarray:
 
 
 def _around(light: np.ndarray, backdrop: backdrops.Backdrop) -> np.ndarray:
-    """float64 [13]: what shines back on things from floor and wall under this light."""
+    """float64 [14]: what shines back on things from floor and wall under this light."""
     on_floor = light[6:9] + light[3:6] * light[1]
-    on_wall = light[6:9] + 0.55 * light[3:6]
+    on_wall = light[6:9] + shading.WALL_FACING * light[3:6]
     bounce = light[9] * (light[6:9] + 0.45 * light[3:6]) * (0.35 + 0.65 * backdrop.floor)
     around = [backdrop.floor * on_floor, backdrop.low * on_wall, backdrop.high * on_wall, bounce]
-    return np.concatenate([*around, [float(backdrop.wall_lit)]])
+    return np.concatenate([*around, [float(backdrop.wall_lit), backdrop.bend]])
 
 
 def _in_picture(points: np.ndarray, size_px: int) -> np.ndarray:

@@ -24,9 +24,11 @@ from uniworld.data.scenes.tracing import (
 MATTE, GLOSSY, METAL, STRIPED, DOTTED = range(5)
 # Entries of `view`: camera position, its axes right, up and forward, tangent of half the field of view, wall's Z.
 VIEW_RIGHT, VIEW_UP, VIEW_FORWARD = slice(3, 6), slice(6, 9), slice(9, 12)
-# Entries of `around`, what is seen and shines back: floor, backdrop low and high, light from below.
-FLOOR, LOW, HIGH, BOUNCE, WALL_LIT = slice(0, 3), slice(3, 6), slice(6, 9), slice(9, 12), 12
+# Entries of `around`, what is seen and shines back: floor, backdrop low and high, light from below, whether the wall
+# takes shadows, and the height over which it bends up from the floor (0: it does not).
+FLOOR, LOW, HIGH, BOUNCE, WALL_LIT, BEND = slice(0, 3), slice(3, 6), slice(6, 9), slice(9, 12), 12, 13
 STRIPE_SHARE = 0.42
+WALL_FACING = 0.55  # how squarely the sun falls on a wall, whatever the light
 NUDGE = 1e-3  # world units off a surface, from which its shadow and reflection rays start
 
 
@@ -83,7 +85,9 @@ def shade_backdrop(tables, view, light, rays, around, albedo: np.ndarray, direct
     lit = np.ones(len(albedo))
     index = np.flatnonzero(receives)
     lit[index] = lit_share(tables, light, rays, take(point, index), np.full(len(index), -1))
-    sun = np.where(on_floor, light[1] * lit * (0.35 + 0.65 * shade), 0.55 * lit)
+    upright = np.minimum(point[1] / around[BEND], 1.0) if around[BEND] > 0.0 else 1.0
+    facing = light[1] + (WALL_FACING - light[1]) * upright
+    sun = np.where(on_floor, light[1] * lit * (0.35 + 0.65 * shade), facing * lit)
     ambient = np.where(on_floor, shade, 1.0)
     base = albedo.astype(np.float64)
     return np.stack([base[:, i] * (light[6 + i] * ambient + light[3 + i] * sun) for i in range(3)], 1)
@@ -147,11 +151,11 @@ def _shade_thing(tables, light, rays, around, t: int, tone, point: Vector, norma
         mirrored = _surroundings(light, around, _reflect(direction, normal))
         edge = 1.0 - facing
         fresnel = 0.04 + 0.5 * (edge * edge * edge * edge * edge)
-        shine = 0.85 * _power(glint, 6) * lit
+        shine = 0.75 * _power(glint, 6) * lit
         return np.stack([diffuse[i] + (light[3 + i] * shine + fresnel * mirrored[i]) for i in range(3)], 1)
     if material == METAL:
         mirrored = _mirror(tables, light, around, t, start, _reflect(direction, normal))
-        shine = 0.6 * _power(glint, 5) * lit
+        shine = 0.5 * _power(glint, 5) * lit
         return np.stack([_metal(base[i], diffuse[i], mirrored, i, light[3 + i] * shine) for i in range(3)], 1)
     shine = 0.16 * _power(glint, 5) * lit
     return np.stack([diffuse[i] + light[3 + i] * shine for i in range(3)], 1)
@@ -159,7 +163,7 @@ def _shade_thing(tables, light, rays, around, t: int, tone, point: Vector, norma
 
 def _metal(base, diffuse, mirrored, i: int, shine):
     grey = 0.3 * mirrored[0] + 0.5 * mirrored[1] + 0.2 * mirrored[2]
-    return 0.35 * diffuse + (0.05 + 0.85 * base) * (0.7 * grey + 0.3 * mirrored[i]) + shine
+    return 0.33 * diffuse + (0.03 + 1.05 * base) * (0.7 * grey + 0.3 * mirrored[i]) + shine
 
 
 def _power(x: np.ndarray, doublings: int) -> np.ndarray:
@@ -217,8 +221,12 @@ def _surroundings(light: np.ndarray, around: np.ndarray, d: Vector) -> Vector:
 
 
 def _mirror(tables, light, around, t: int, start: Vector, d: Vector) -> Vector:
-    """What a metal thing shows: its surroundings, and the other things in plain shading."""
-    seen = _surroundings(light, around, d)
+    """What a metal thing shows: its surroundings with more contrast and a dark horizon, and the other things in plain
+    shading."""
+    contrast = 0.75 + 0.75 * np.minimum(np.maximum((d[1] + 0.1) / 0.5, 0.0), 1.0)
+    dark = contrast * (1.0 - 0.7 * np.maximum(1.0 - np.abs(d[1] + 0.06) / 0.26, 0.0))
+    strip = 0.9 * np.maximum(1.0 - np.abs(d[0] - 0.7 * light[0]) / 0.2, 0.0)  # a tall lamp on the side of the sun
+    seen = tuple(dark * colour + light[3 + i] * strip for i, colour in enumerate(_surroundings(light, around, d)))
     which, distance = first_hit(tables, start, d, np.full(len(d[0]), t))
     index = np.flatnonzero(which >= 0)
     if not index.size:

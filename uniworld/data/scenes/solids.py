@@ -28,7 +28,7 @@ SOLID_START, SOLID_COUNT, NUM_THING_COLUMNS = 20, 21, 22
 NUM_FOOT_COLUMNS = 10
 
 STRIPES_PER_RADIUS = 1.15
-DARK_TONE, LIGHT_TONE = 0.30, 0.20  # of the second colour: times the colour, or where the colour is dark, mixed white
+DARK_TONE, LIGHT_TONE = 0.34, 0.20  # of the second colour: times the colour, or where the colour is dark, mixed white
 
 
 @dataclass(frozen=True)

@@ -49,20 +49,23 @@ def _pencil_sketch(image: np.ndarray, lines: np.ndarray) -> np.ndarray:
 
 def _watercolour(image: np.ndarray, lines: np.ndarray) -> np.ndarray:
     size = len(image)
-    wash = cv2.bilateralFilter(image, 9, 45, 3.0 * size / 128).astype(np.float32)
-    wash = cv2.GaussianBlur(wash, (0, 0), 0.9 * size / 128)
-    light = 255 - (255 - wash) * 0.80  # thin paint lets the paper through
-    pool = cv2.GaussianBlur(lines, (0, 0), 0.9 * size / 128)  # paint gathers at the edges of a patch
-    blot = 1 + 0.16 * cv2.GaussianBlur(_paper(size), (0, 0), 2.5 * size / 128) * 6 + 0.05 * _paper(size)
-    return 255 - (255 - light) * (blot * (1 + 0.38 * pool))[..., None]
+    wash = cv2.bilateralFilter(image, 7, 40, 2.5 * size / 128).astype(np.float32)
+    wash = cv2.GaussianBlur(wash, (0, 0), 0.5 * size / 128)
+    light = 255 - (255 - wash) * 0.78  # thin paint lets the paper through
+    pool = cv2.GaussianBlur(lines, (0, 0), 0.8 * size / 128)  # paint gathers at the edges of a patch
+    blot = 1 + 0.45 * cv2.GaussianBlur(_paper(size), (0, 0), 3.5 * size / 128) + 0.09 * _paper(size)
+    return 255 - (255 - light) * (blot * (1 + 0.55 * pool))[..., None]
 
 
 def _pixel_art(image: np.ndarray) -> np.ndarray:
     size = len(image)
     block = max(size // 32, 1)
-    small = cv2.resize(image, (size // block, size // block), interpolation=cv2.INTER_AREA).astype(np.float32)
-    levels = np.round(small / 255 * 6) / 6 * 255
-    big = cv2.resize(levels, (size // block * block,) * 2, interpolation=cv2.INTER_NEAREST)
+    small = cv2.resize(image, (size // block, size // block), interpolation=cv2.INTER_AREA)
+    tones = cv2.cvtColor(small, cv2.COLOR_RGB2YCrCb).astype(np.float32)
+    tones[..., 0] = np.round(tones[..., 0] / 28) * 28  # few tones, and chroma in steps about grey
+    tones[..., 1:] = np.round((tones[..., 1:] - 128) / 14) * 14 + 128
+    few = cv2.cvtColor(np.clip(tones, 0, 255).astype(np.uint8), cv2.COLOR_YCrCb2RGB).astype(np.float32)
+    big = cv2.resize(few, (size // block * block,) * 2, interpolation=cv2.INTER_NEAREST)
     edge = size - len(big)
     return np.pad(big, ((0, edge), (0, edge), (0, 0)), "edge")
 
@@ -90,7 +93,7 @@ def _oil_painting(image: np.ndarray) -> np.ndarray:
     """Kuwahara's filter: every pixel takes the mean of the calmest of the four squares that touch it."""
     size = len(image)
     reach = max(round(2.5 * size / 128), 1)
-    grain = 14 * _strokes(size)[..., None]
+    grain = 9 * _strokes(size)[..., None]
     colour = np.clip(image.astype(np.float32) + grain, 0, 255)
     grey = colour.mean(-1)
     side = reach + 1
@@ -105,7 +108,7 @@ def _oil_painting(image: np.ndarray) -> np.ndarray:
             calmer = moved[0] < best
             best, result = np.where(calmer, moved[0], best), np.where(calmer[..., None], moved[1], result)
     middle = cv2.GaussianBlur(result, (0, 0), 3.0 * size / 128)
-    return middle + 1.15 * (result - middle) + 0.5 * grain
+    return middle + 1.15 * (result - middle) + 0.6 * grain
 
 
 @lru_cache(maxsize=8)
