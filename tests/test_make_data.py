@@ -21,6 +21,7 @@ from uniworld.data.scenes.edits import KINDS, edit_mask
 from uniworld.data.scenes.graph import is_held_out
 from uniworld.data.scenes.make import DataPlan, make_data
 from uniworld.data.scenes.tasks import KIND_WEIGHTS, MIXTURE, make_item
+from uniworld.data.scenes.wording import WORDINGS
 
 NUM = 64
 LOCAL_KINDS = ("add", "remove", "replace", "adjust", "action")  # that leave most of the picture as it is
@@ -142,6 +143,16 @@ def cells(mask):
     """The latent pixels that hold a pixel of the mask."""
     height, width = (side // LATENT_PX for side in mask.shape)
     return mask.reshape(height, LATENT_PX, width, LATENT_PX).any((1, 3))
+
+
+def test_the_page_on_scenes(capsys):
+    """Its Python runs, and the numbers of templates in it are those there are."""
+    page = (Path(__file__).resolve().parent.parent / "docs" / "scenes.md").read_text(encoding="utf-8")
+    (snippet,) = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    exec(compile(snippet, "scenes.md", "exec"), {})
+    assert capsys.readouterr().out.splitlines()[-1].endswith(" True")
+    said = re.search(r"(\d+) and (\d+) templates", page).groups()
+    assert said == tuple(str(sum(map(len, words.phrases.values()))) for words in WORDINGS.values())
 
 
 # --- files
