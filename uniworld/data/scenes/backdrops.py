@@ -72,7 +72,7 @@ STUDIO_BEND = 1.4
 NEAR_Z = -1.4  # of the floor at the bottom of the picture
 PLANK, TILE = 0.62, 0.95  # widths, world units
 BEACH_HORIZON = 0.8  # height on the wall
-STEPS = 3  # points a pixel, each way
+STEPS = 2  # points a pixel, each way
 
 
 class _Ground:
@@ -188,7 +188,7 @@ def _night(g: _Ground):
     cell_x, cell_y = np.floor(g.x / 0.26), np.floor(g.y / 0.26)
     pick = [g.grid[(cell_x + k).astype(np.int64) % 128, cell_y.astype(np.int64) % 128] for k in (0, 37, 71)]
     star = np.hypot(g.x / 0.26 - cell_x - 0.2 - 0.6 * pick[1], g.y / 0.26 - cell_y - 0.2 - 0.6 * pick[2])
-    bright = np.where(pick[0] > 0.62, np.clip(1 - star / (0.1 + 0.12 * pick[1]), 0, 1), 0) * np.clip(g.y - 0.5, 0, 1)
+    bright = np.where(pick[0] > 0.8, np.clip(1 - star / (0.1 + 0.12 * pick[1]), 0, 1), 0) * np.clip(g.y - 0.5, 0, 1)
     wall = _mix(wall, (240, 240, 225), bright)
     moon = np.hypot(g.x - 1.75, g.y - 2.15)
     wall = wall + (26 * np.clip(1 - moon / 1.1, 0, 1) ** 2)[..., None]

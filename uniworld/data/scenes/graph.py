@@ -162,7 +162,7 @@ def doll_reach(pose: tuple[float, ...]) -> tuple[float, ...]:
     for limb, (start, upper, lower, end) in zip((0, 2, 4, 6), (ARM, ARM, LEG, LEG)):
         first, second = angles[limb], angles[limb] + angles[limb + 1]
         elbow = start + upper * math.sin(first)
-        reaches.append(max(elbow, elbow + (lower + end) * math.sin(second)) + 0.1)
+        reaches.append(max(elbow + 0.04, elbow + (lower + end) * math.sin(second)) + 0.1)  # and half its width
     return tuple(reaches)
 
 
