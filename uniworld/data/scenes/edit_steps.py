@@ -4,6 +4,7 @@ A step is tried on a scene and gives None where the scene offers nothing for it;
 """
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from uniworld.data.scenes.descriptions import Description, describe
@@ -112,23 +113,25 @@ def replace_step(scene: Scene, words: Wording, split: str, blocked: frozenset[in
 
 def colour_step(scene: Scene, words: Wording, split: str, blocked: frozenset[int]) -> Step | None:
     index, the = target(scene, words, split, blocked)
-    if the is None:
-        return None
-    old = scene.things[index]
-    value = words.pick([c for c in COLOURS if c != old.colour and allowed(old.shape, c, split)])
-    colour = words.word("COLOURS", value)
-    slots = {"colour": colour, "a_colour": words.article(colour)}
-    return altered(scene, index, the, words, "colour", "colour", value, {"colour": value}, **slots)
+    values = [colour for colour in COLOURS if allowed(scene.things[index].shape, colour, split)]
+    return _become(scene, index, the, words, "colour", "COLOURS", values)
 
 
 def material_step(scene: Scene, words: Wording, split: str, blocked: frozenset[int]) -> Step | None:
     index, the = target(scene, words, split, blocked)
+    return _become(scene, index, the, words, "material", "FINISHES", MATERIALS)
+
+
+def _become(
+    scene: Scene, index: int, the: Description | None, words: Wording, field: str, table: str, values: Sequence[str]
+) -> Step | None:
+    """A field of a thing becomes another of the values, which the table has words for."""
     if the is None:
         return None
-    value = words.pick([m for m in MATERIALS if m != scene.things[index].material])
-    finish = words.word("FINISHES", value)
-    slots = {"material": finish, "a_material": words.article(finish)}
-    return altered(scene, index, the, words, "material", "material", value, {"material": value}, **slots)
+    value = words.pick([value for value in values if value != getattr(scene.things[index], field)])
+    word = words.word(table, value)
+    slots = {field: word, f"a_{field}": words.article(word)}
+    return altered(scene, index, the, words, field, field, value, {field: value}, **slots)
 
 
 def size_step(scene: Scene, words: Wording, split: str, blocked: frozenset[int]) -> Step | None:
