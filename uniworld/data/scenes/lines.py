@@ -20,12 +20,13 @@ def visible_lines(rendered: Rendered) -> list[tuple[np.ndarray, np.ndarray]]:
     """Both ends, pixels [2], of every visible piece of a straight line."""
     size = len(rendered.ids)
     nearby = _deepest_nearby(rendered.depth)
+    bare = np.where(rendered.ids == 0, np.inf, 0)  # lines of the background are seen wherever no thing is
     pieces = []
     for thing in rendered.scene.things:
         for a, b in thing_lines(thing):
             pieces += _pieces(np.asarray(a), np.asarray(b), size, nearby)
     for a, b in backdrops.straight_lines(rendered.scene.background):
-        pieces += _pieces(np.asarray(a), np.asarray(b), size, rendered.depth)
+        pieces += _pieces(np.asarray(a), np.asarray(b), size, bare)
     return pieces
 
 
@@ -75,7 +76,7 @@ def _deepest_nearby(depth: np.ndarray) -> np.ndarray:
 
 
 def _pieces(a: np.ndarray, b: np.ndarray, size: int, depth: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-    """The visible pieces of one line: runs of points inside the picture and not deeper than what shows there."""
+    """The visible pieces of one line: runs of points inside the picture and not deeper than `depth` there."""
     points = a + np.linspace(0, 1, SAMPLES)[:, None] * (b - a)
     pixels, z = camera.project(points, size), camera.to_camera(points)[:, 2]
     inside = ((pixels >= 0) & (pixels < size)).all(1)

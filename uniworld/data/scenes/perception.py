@@ -16,10 +16,10 @@ from uniworld.data.scenes.render import Rendered, fine_contours
 from uniworld.models.prompts import PERCEPTION_PROMPTS
 
 TASKS = tuple(PERCEPTION_PROMPTS)
-NEAR, FAR = 4.8, 11.5  # depths drawn white and black; brightness is linear in 1 / depth
+NEAR, FAR = 5.8, 11.5  # depths drawn white and black; brightness is linear in 1 / depth
 CANNY_THRESHOLDS = 100, 200
-MASK_COLOUR, MASK_SHARE = (255, 0, 255), 0.75  # what is laid over the things of segment, and how much of it shows
-BOX_COLOUR = (0, 255, 0)
+# What is laid over the things of segment, and how much of it shows, and the frames of detect: far from every surface.
+MASK_COLOUR, MASK_SHARE = (255, 0, 255), 0.85
 SUBPIXEL = 4  # fractional bits of coordinates given to OpenCV
 
 # OpenPose's limbs, as pairs of joints (`doll.JOINT_NAMES`), and its colours of limbs and joints.
@@ -81,16 +81,14 @@ def read_normal(picture: np.ndarray) -> np.ndarray:
 
 
 def read_mask(picture: np.ndarray) -> np.ndarray:
-    """bool [H, W]: where the mask's colour is laid over a segment picture. No surface of this world looks like it."""
-    red, green, blue = (picture[..., i].astype(np.int64) for i in range(3))
-    return (red > 150) & (blue > 150) & (green < 100) & (np.abs(red - blue) < 90)
+    """bool [H, W]: where the mask's colour lies on a segment picture. Surfaces look like it in a few glints at most."""
+    red, green, blue = (picture[..., i] for i in range(3))
+    return (red > 185) & (blue > 185) & (green < 100)
 
 
 def read_boxes(picture: np.ndarray) -> list[tuple[int, int, int, int]]:
     """Left, top, right and bottom of the frames in a detect picture, frames included, the largest first."""
-    red, green, blue = (picture[..., i].astype(np.int64) for i in range(3))
-    frame = ((green > 180) & (red < 100) & (blue < 100)).astype(np.uint8)
-    count, _, stats, _ = cv2.connectedComponentsWithStats(frame, connectivity=8)
+    count, _, stats, _ = cv2.connectedComponentsWithStats(read_mask(picture).astype(np.uint8), connectivity=8)
     found = [stats[i] for i in range(1, count) if stats[i][2] > 4 and stats[i][3] > 4]
     boxes = [(int(x), int(y), int(x + w - 1), int(y + h - 1)) for x, y, w, h, _ in found]
     return sorted(boxes, key=lambda box: -(box[2] - box[0]) * (box[3] - box[1]))
@@ -168,7 +166,7 @@ def _detect(rendered: Rendered, target: Sequence[int]) -> np.ndarray:
             frame[max(top, 0) : bottom + 1, max(left, 0) : right + 1] = True
             frame[max(box[1], width) : min(box[3] + 1, len(frame) - width),
                   max(box[0], width) : min(box[2] + 1, len(frame) - width)] = False  # fmt: skip
-            canvas[frame] = BOX_COLOUR
+            canvas[frame] = MASK_COLOUR
     return canvas
 
 
