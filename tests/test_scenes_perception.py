@@ -56,9 +56,7 @@ def test_normals_are_read_back(several):
         angle = np.degrees(np.arccos(np.clip((read * drawn.normal).sum(-1), -1, 1)))
         assert angle.max() < 0.6
     floor = perception.draw(render(Scene(things=()), 64), "normal")[-1, 0].astype(int)
-    up = np.array(
-        [0, math.cos(math.radians(22)), math.sin(math.radians(22))]
-    )  # y up, z to the viewer
+    up = np.array([0, math.cos(math.radians(22)), math.sin(math.radians(22))])  # y up, z to the viewer
     assert np.abs(floor - (up + 1) * 127.5).max() <= 1
 
 
@@ -147,7 +145,7 @@ def _off(point: np.ndarray, p: np.ndarray, q: np.ndarray) -> float:
 def test_the_horizon_is_a_straight_line_but_where_things_hide_it():
     tall = Thing(shape="doll", colour="red", size="large", x=0.0, z=0.6)
     drawn = render(Scene(things=(tall,), background="snow"), 128)
-    row = _project(np.array([0.0, 0.0, 4.6 - 0.78]), 1.0, 0.0, 0.0)[1] / 2  # the foot of the wall; _project is for 256 pixels
+    row = _project(np.array([0.0, 0.0, 4.6 - 0.78]), 1.0, 0.0, 0.0)[1] / 2  # it is for 256 pixels
     lines = visible_lines(drawn)
     assert len(lines) >= 2 and all(a[1] == pytest.approx(row) == b[1] for a, b in lines)
     hidden = {x for x in range(128) if drawn.ids[int(row), x]}

@@ -11,7 +11,7 @@ from uniworld.data.scenes.graph import Thing
 from uniworld.data.scenes.render import Rendered
 from uniworld.data.scenes.solids import thing_points
 
-SAMPLES = 48  # points of a line at which it is seen or hidden
+SAMPLES = 96  # points of a line at which it is seen or hidden
 TOLERANCE = 0.05  # world units of depth
 SHORTEST = 4 / 128  # of a line that counts, as a share of the picture's width
 
