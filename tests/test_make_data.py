@@ -1,5 +1,6 @@
 """`uniworld make-data`: the files are right, the same whatever made them, and ready to train on."""
 
+import errno
 import json
 import os
 import re
@@ -249,6 +250,19 @@ def test_interrupted_before_the_lists_are_joined(made, tmp_path, small_shards, m
     monkeypatch.setattr(make, "make_shard", first)
     assert 0 < make_data(plan, folder) < NUM
     assert contents(folder) == contents(made)
+
+
+def test_a_full_disk(tmp_path, small_shards, monkeypatch):
+    def full(picture):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(make, "png", full)
+    message = f"{tmp_path / 'data'}: 0 of 9 items are there, then: .*No space left"
+    for num_workers in (1, 2):
+        with pytest.raises(OSError, match=message):
+            make_data(DataPlan(num=9, tasks=("t2i",)), tmp_path / "data", num_workers=num_workers)
+    monkeypatch.undo()
+    assert make_data(DataPlan(num=9, tasks=("t2i",)), tmp_path / "data") == 9
 
 
 @pytest.mark.parametrize(

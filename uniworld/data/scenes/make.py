@@ -10,7 +10,7 @@ import multiprocessing
 import shutil
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -124,10 +124,13 @@ def make_data(
     done, made = sum(shard.end - shard.first for shard in shards if shard not in missing), 0
     if progress is not None:
         progress(done, plan.num)
-    for shard in _run(missing, plan, folder, num_workers):
-        made += shard.end - shard.first
-        if progress is not None:
-            progress(done + made, plan.num)
+    try:
+        for shard in _run(missing, plan, folder, num_workers):
+            made += shard.end - shard.first
+            if progress is not None:
+                progress(done + made, plan.num)
+    except OSError as error:
+        raise OSError(f"{folder}: {done + made} of {plan.num} items are there, then: {error}") from error
     if plan.format != "webdataset":
         _join_annotations(plan, shards, folder)
     return made
@@ -243,9 +246,14 @@ def _run(shards: Sequence[Shard], plan: DataPlan, folder: Path, num_workers: int
         return
     prepare_to_fork()
     pool = ProcessPoolExecutor(min(num_workers, len(shards)), multiprocessing.get_context("fork"))
+    waiting, running = list(reversed(shards)), set()
     try:
-        for future in as_completed([pool.submit(make_shard, shard, plan, folder) for shard in shards]):
-            yield future.result()
+        while waiting or running:
+            while waiting and len(running) < num_workers:  # no more: what is queued would run on after Ctrl-C
+                running.add(pool.submit(make_shard, waiting.pop(), plan, folder))
+            finished, running = wait(running, return_when=FIRST_COMPLETED)
+            for future in finished:
+                yield future.result()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
