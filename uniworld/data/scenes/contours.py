@@ -3,7 +3,7 @@
 import cv2
 import numpy as np
 
-CREASE = (0.02, 0.22)  # 1 - cosine between neighbouring normals: no crease, a full one
+CREASE = 0.02, 0.20  # 1 - cosine between neighbouring normals where a crease begins, and how much more is a full one
 DEPTH_STEP = 0.10  # world units beyond what the surface's slope explains
 BACKGROUND_SHARE = 0.6  # how strongly the line between floor and wall counts
 
@@ -17,17 +17,29 @@ def contours(ids: np.ndarray, depth: np.ndarray, normal: np.ndarray, seam: bool,
         thick: mark the pixels on both sides of an edge; else the nearer side only.
     """
     edges = np.zeros(ids.shape, np.float32)
+    if seam:
+        on_floor = (ids == 0) & (normal[..., 2] > -0.7)  # the wall faces the viewer more squarely than the floor
+        foot = (ids[:-1] == 0) & on_floor[1:] & ~on_floor[:-1]
+        edges[1:] = BACKGROUND_SHARE * foot
+        edges[:-1] = np.maximum(edges[:-1], BACKGROUND_SHARE * foot * thick)
+    shown = np.nonzero(ids.any(1))[0], np.nonzero(ids.any(0))[0]
+    if len(shown[0]):
+        window = tuple(slice(max(found[0] - 2, 0), found[-1] + 3) for found in shown)
+        edges[window] = np.maximum(edges[window], _edges_of_things(ids[window], depth[window], normal[window], thick))
+    return edges
+
+
+def _edges_of_things(ids: np.ndarray, depth: np.ndarray, normal: np.ndarray, thick: bool) -> np.ndarray:
+    edges = np.zeros(ids.shape, np.float32)
     for axis in (0, 1):
         a, b = (_side(axis, slice(None, -1)), _side(axis, slice(1, None)))
-        differ = ids[a] != ids[b]
-        turned = 1 - np.einsum("hwc,hwc->hw", normal[a], normal[b])
-        crease = np.clip((turned - CREASE[0]) / (CREASE[1] - CREASE[0]), 0, 1)
-        both_behind = (ids[a] == 0) & (ids[b] == 0)
-        crease = np.where(both_behind, BACKGROUND_SHARE * seam * (crease > 0.5), crease)
-        strength = np.where(differ | _jumps(depth, axis, a, b, both_behind), 1.0, crease).astype(np.float32)
+        across = normal[a] * normal[b]
+        crease = np.clip((1 - CREASE[0] - across[..., 0] - across[..., 1] - across[..., 2]) / CREASE[1], 0, 1)
+        whole = (ids[a] != ids[b]) | _jumps(depth, axis, a, b)
+        strength = np.where(whole, np.float32(1), crease) * ((ids[a] > 0) | (ids[b] > 0))
         nearer = depth[a] <= depth[b]
-        edges[a] = np.maximum(edges[a], np.where(thick | nearer, strength, 0))
-        edges[b] = np.maximum(edges[b], np.where(thick | ~nearer, strength, 0))
+        edges[a] = np.maximum(edges[a], strength * (thick | nearer))
+        edges[b] = np.maximum(edges[b], strength * (thick | ~nearer))
     return edges
 
 
@@ -35,12 +47,11 @@ def _side(axis: int, part: slice) -> tuple[slice, slice]:
     return (part, slice(None)) if axis == 0 else (slice(None), part)
 
 
-def _jumps(depth: np.ndarray, axis: int, a, b, both_behind: np.ndarray) -> np.ndarray:
+def _jumps(depth: np.ndarray, axis: int, a, b) -> np.ndarray:
     """Whether depth steps from pixel a to b by more than the slopes on both sides explain."""
-    step = depth[b] - depth[a]
-    before, after = np.roll(step, 1, axis), np.roll(step, -1, axis)
-    explained = np.maximum(np.minimum(np.abs(before), np.abs(after)), 0)
-    return (np.abs(step) - explained > DEPTH_STEP) & ~both_behind
+    step = np.abs(depth[b] - depth[a])
+    explained = np.minimum(np.roll(step, 1, axis), np.roll(step, -1, axis))
+    return step - explained > DEPTH_STEP
 
 
 def halve(image: np.ndarray) -> np.ndarray:
