@@ -187,12 +187,8 @@ class Shader {
       for (int i = thing.first(); i < thing.end(); ++i) {
         const Solid& solid = tables_.solids[i];
         if (!near(solid.ball, solid.ball_radius)) continue;
-        const Vec o = solid.to_own(point - solid.centre), *own = &rays.own[static_cast<size_t>(i) * rays.count];
-        for (int k = 0; k < rays.count; ++k) {
-          if (blocked >> k & 1) continue;
-          const bool hits = blocks_own(solid, tables_.planes, o, own[k]);
-          blocked |= static_cast<uint64_t>(hits) << k;
-        }
+        const Vec* own = &rays.own[static_cast<size_t>(i) * rays.count];
+        blocked |= blocked_by(solid, tables_.planes, solid.to_own(point - solid.centre), own, rays.count);
       }
     }
     return 1.0 - static_cast<double>(__builtin_popcountll(blocked)) / static_cast<double>(rays.count);

@@ -190,9 +190,18 @@ inline bool blocks_torus(const Solid& s, Vec o, Vec d) {
   return changes(low) > changes(high);
 }
 
-// Whether a unit ray from outside meets the solid, both given by `to_own`.
-inline bool blocks_own(const Solid& s, const Plane* planes, Vec o, Vec d) {
-  return s.kind == kTorus ? blocks_torus(s, o, d) : hit_own(s, planes, o, d) < kInfinity;
+template <typename Blocks>
+inline uint64_t blocked_bits(const Vec* rays, int count, Blocks blocks) {
+  uint64_t bits = 0;
+  for (int k = 0; k < count; ++k) bits |= static_cast<uint64_t>(blocks(rays[k])) << k;
+  return bits;
+}
+
+// Which of at most 64 unit rays from outside meet the solid, one bit a ray; origin and rays are given by `to_own`.
+inline uint64_t blocked_by(const Solid& s, const Plane* planes, Vec o, const Vec* rays, int count) {
+  if (s.kind == kEllipsoid) return blocked_bits(rays, count, [&](Vec d) { return hit_ellipsoid(o, d) < kInfinity; });
+  if (s.kind == kTorus) return blocked_bits(rays, count, [&](Vec d) { return blocks_torus(s, o, d); });
+  return blocked_bits(rays, count, [&](Vec d) { return hit_own(s, planes, o, d) < kInfinity; });
 }
 
 inline double hit(const Solid& s, const Plane* planes, Vec origin, Vec direction) {
