@@ -6,6 +6,7 @@ A scene is a plain value. Everything else (picture, caption, answer, edit, targe
 import dataclasses
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 SHAPES = ("ball", "cube", "cylinder", "cone", "torus", "pyramid", "doll")
 # sRGB. Far apart in CIELAB and not too near white, so that shading keeps each nearest to itself.
@@ -155,6 +156,7 @@ def footprint_radius(thing: Thing) -> float:
     return reach * thing.radius
 
 
+@lru_cache(maxsize=64)
 def doll_reach(pose: tuple[float, ...]) -> tuple[float, ...]:
     """How far each limb of a doll reaches from its middle, in multiples of its radius: left and right arm and leg."""
     angles = [math.radians(angle) for angle in pose or POSES["standing"]]

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 
@@ -81,7 +82,7 @@ def sample_things(rng: np.random.Generator, num: int, *, split: str = "train") -
 
 def sample_thing(rng: np.random.Generator, *, held_out: bool = False) -> Thing:
     """One random thing in the middle, whose shape and colour are a held-out pair, or are not."""
-    pairs = [(shape, colour) for shape in SHAPES for colour in COLOURS if is_held_out(shape, colour) == held_out]
+    pairs = _pairs(held_out)
     shape, colour = pairs[int(rng.integers(len(pairs)))]
     return Thing(
         shape=shape,
@@ -91,6 +92,11 @@ def sample_thing(rng: np.random.Generator, *, held_out: bool = False) -> Thing:
         yaw=sample_yaw(rng, shape),
         pose=POSES[_pick(rng, tuple(POSES))] if shape == "doll" else (),
     )
+
+
+@lru_cache(maxsize=2)
+def _pairs(held_out: bool) -> list[tuple[str, str]]:
+    return [(shape, colour) for shape in SHAPES for colour in COLOURS if is_held_out(shape, colour) == held_out]
 
 
 def sample_yaw(rng: np.random.Generator, shape: str) -> float:
