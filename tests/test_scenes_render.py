@@ -248,7 +248,18 @@ def test_sampled_things_stand_apart_and_can_be_seen(split):
     assert min(counts) == 1 and max(counts) == 5
 
 
-def test_nothing_of_a_thing_reaches_beyond_its_footprint():
+@pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape != "doll"])
+def test_nothing_of_a_thing_reaches_beyond_its_footprint(shape):
+    thing = Thing(shape=shape, colour="red", size="large", x=0.3, yaw=25.0)
+    angle, share = np.meshgrid(np.linspace(0, 2 * np.pi, 181), [1.0, 1.1, 1.3])
+    radius, (x, z) = share * footprint_radius(thing), thing.place
+    for y in np.linspace(0.01, 2.2, 60):
+        points = np.stack([x + radius * np.cos(angle), np.full_like(angle, y), z + radius * np.sin(angle)], -1)
+        assert not is_inside(thing, points).any()
+    assert footprint_radius(thing) < 1.3 * SIZE_RADIUS["large"]
+
+
+def test_nothing_of_a_doll_reaches_beyond_its_footprint():
     for pose in POSES.values():
         thing = Thing(shape="doll", colour="red", size="medium", pose=pose)
         rows = solids.tables(Scene(things=(thing,))).solids
