@@ -9,8 +9,9 @@ import sys
 import cv2
 import numpy as np
 import pytest
+from scene_shapes import FLOOR_X, FLOOR_Z, is_inside
 
-from uniworld.data.scenes import doll, solids, surfaces, tracing
+from uniworld.data.scenes import solids, surfaces, tracing
 from uniworld.data.scenes.graph import (
     BACKGROUNDS,
     COLOURS,
@@ -22,18 +23,12 @@ from uniworld.data.scenes.graph import (
     STYLES,
     Scene,
     Thing,
-    footprint_radius,
-    has_held_out,
-    is_held_out,
-    left_of,
-    pose_name,
 )
-from uniworld.data.scenes.render import geometry, render, visible_shares
-from uniworld.data.scenes.sampling import NoRoomError, arrange, sample_scene
+from uniworld.data.scenes.render import render
+from uniworld.data.scenes.sampling import sample_scene
 from uniworld.kernels import extension
 
 PITCH, TAN_HALF_FOV, EYE = math.radians(22), 0.30, np.array([0.0, 3.9, -6.2])
-FLOOR_X, FLOOR_Z = 1.4, 2.6  # world units at x = 1 and z = 1
 
 
 def one_of_each(**fields) -> Scene:
@@ -71,32 +66,6 @@ def pinhole(points: np.ndarray, size: int) -> np.ndarray:
     k = np.array([[focal, 0, size / 2], [0, focal, size / 2], [0, 0, 1]])
     image = (points - EYE) @ turn.T @ k.T
     return image[:, :2] / image[:, 2:]
-
-
-def local(thing: Thing, points: np.ndarray) -> np.ndarray:
-    """World points in a thing's axes, in units of its radius, from the middle of its footprint."""
-    p = points - np.array([thing.x * FLOOR_X, 0, thing.z * FLOOR_Z])
-    c, s = math.cos(math.radians(thing.yaw)), math.sin(math.radians(thing.yaw))
-    turned = np.stack([c * p[..., 0] - s * p[..., 2], p[..., 1], s * p[..., 0] + c * p[..., 2]], -1)
-    return turned / SIZE_RADIUS[thing.size]
-
-
-def is_inside(thing: Thing, points: np.ndarray) -> np.ndarray:
-    """Whether world points lie in a thing, by the inequality that defines its shape."""
-    x, y, z = np.moveaxis(local(thing, points), -1, 0)
-    rho = np.hypot(x, z)
-    if thing.shape == "doll":
-        p = np.stack([x, y, z], -1)
-        parts, _ = doll.build(thing.pose)
-        return np.any([(((p - q.centre) @ q.axes.T / q.radii) ** 2).sum(-1) < 1 for q in parts], axis=0)
-    return {
-        "ball": lambda: x**2 + (y - 1) ** 2 + z**2 < 1,
-        "cube": lambda: np.maximum(np.maximum(abs(x), abs(y - 0.8)), abs(z)) < 0.8,
-        "cylinder": lambda: (rho < 0.74) & (abs(y - 0.86) < 0.86),
-        "cone": lambda: (rho < 0.92 * (1 - y / 1.95)) & (y > 0) & (y < 1.95),
-        "torus": lambda: (np.hypot(x, y - 1) - 0.69) ** 2 + z**2 < 0.31**2,
-        "pyramid": lambda: (np.maximum(abs(x), abs(z)) < 0.9 * (1 - y / 1.75)) & (y > 0),
-    }[thing.shape]()
 
 
 def lab(rgb) -> np.ndarray:
@@ -228,67 +197,6 @@ def test_a_torus_blocks_the_rays_whose_quartic_has_a_root_on_the_way():
     assert (found == np.array(expected))[sure].all()
 
 
-@pytest.mark.parametrize("split", ["train", "held-out"])
-def test_sampled_things_stand_apart_and_can_be_seen(split):
-    rng = np.random.default_rng(1)
-    counts = set()
-    for _ in range(25):
-        scene = sample_scene(rng, split=split)
-        counts.add(len(scene.things))
-        assert has_held_out(scene) == (split == "held-out")
-        assert scene.seed % 2 == (split == "held-out")
-        for i, a in enumerate(scene.things):
-            for b in scene.things[:i]:
-                apart = math.hypot((a.x - b.x) * FLOOR_X, (a.z - b.z) * FLOOR_Z)
-                assert apart > footprint_radius(a) + footprint_radius(b)
-        ids = render(scene, 128).ids
-        for i, thing in enumerate(scene.things):
-            alone = (geometry(solids.tables(Scene(things=(thing,))), 128)[0] == 1).sum()
-            assert (ids == i + 1).sum() >= 0.6 * alone > 0
-    assert min(counts) == 1 and max(counts) == 5
-
-
-@pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape != "doll"])
-def test_nothing_of_a_thing_reaches_beyond_its_footprint(shape):
-    thing = Thing(shape=shape, colour="red", size="large", x=0.3, yaw=25.0)
-    angle, share = np.meshgrid(np.linspace(0, 2 * np.pi, 181), [1.0, 1.1, 1.3])
-    radius, (x, z) = share * footprint_radius(thing), thing.place
-    for y in np.linspace(0.01, 2.2, 60):
-        points = np.stack([x + radius * np.cos(angle), np.full_like(angle, y), z + radius * np.sin(angle)], -1)
-        assert not is_inside(thing, points).any()
-    assert footprint_radius(thing) < 1.3 * SIZE_RADIUS["large"]
-
-
-def test_nothing_of_a_doll_reaches_beyond_its_footprint():
-    for pose in POSES.values():
-        thing = Thing(shape="doll", colour="red", size="medium", pose=pose)
-        rows = solids.tables(Scene(things=(thing,))).solids
-        extent = np.sqrt(((rows[:, solids.AXES].reshape(-1, 3, 3) * rows[:, solids.DIMS][:, :, None]) ** 2).sum(1))
-        reach = np.abs(rows[:, 2] - thing.place[0]) + extent[:, 0]
-        assert reach.max() <= footprint_radius(thing) + 1e-9
-        assert (rows[:, 3] - extent[:, 1]).min() == pytest.approx(0, abs=1e-9)  # it stands on the floor
-
-
-def test_the_held_out_pairs():
-    pairs = {(s, c) for s in SHAPES for c in COLOURS if is_held_out(s, c)}
-    assert len(pairs) == 10
-    assert {s for s, _ in pairs} == set(SHAPES) and {c for _, c in pairs} == set(COLOURS)
-    assert all(any(not is_held_out(s, c) for c in COLOURS) for s in SHAPES)
-    assert not is_held_out("ball", "red") and is_held_out("cube", "red")
-
-
-def test_seeds_repeat_and_what_is_given_is_kept():
-    again = [sample_scene(np.random.default_rng(9), background="snow", num_things=3) for _ in range(2)]
-    assert again[0] == again[1] and again[0].background == "snow" and len(again[0].things) == 3
-    balls = [Thing(shape="ball", colour="red", size="small")] * 4
-    scene = sample_scene(np.random.default_rng(2), things=balls)
-    assert [t.shape for t in scene.things] == ["ball"] * 4 and len({t.x for t in scene.things}) == 4
-    with pytest.raises(NoRoomError, match="no room for 40 beside 0 others"):
-        arrange(np.random.default_rng(0), [Thing(shape="cube", colour="red", size="large")] * 40)
-    with pytest.raises(ValueError, match="split='test': must be one of train, held-out"):
-        sample_scene(np.random.default_rng(0), split="test")
-
-
 def test_a_thing_changes_nothing_beyond_itself_and_its_shadow():
     near = Thing(shape="cone", colour="red", material="glossy", size="medium", x=-0.8, z=0.2)
     far = Thing(shape="doll", colour="green", size="medium", x=0.8, z=0.6)
@@ -385,10 +293,3 @@ def test_mistakes_are_named():
         Thing(shape="ball", colour="red", pose=POSES["waving"])
     with pytest.raises(ValueError, match="light='noon'"):
         Scene(things=(), light="noon")
-
-
-def test_relations_and_poses():
-    a, b = Thing(shape="ball", colour="red", x=-0.5), Thing(shape="cube", colour="blue", x=0.5)
-    assert left_of(a, b) and not left_of(b, a)
-    assert all(pose_name(pose) == name for name, pose in POSES.items())
-    assert visible_shares(Scene(things=(a, b))).tolist() == [1.0, 1.0]
