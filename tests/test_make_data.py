@@ -17,7 +17,7 @@ from uniworld import cli
 from uniworld.config import SourceConfig
 from uniworld.data.dataset import Dataset
 from uniworld.data.masks import LATENT_PX, region_mask
-from uniworld.data.scenes import make
+from uniworld.data.scenes import make, tasks
 from uniworld.data.scenes.edits import KINDS, edit_mask
 from uniworld.data.scenes.graph import is_held_out
 from uniworld.data.scenes.make import DataPlan, make_data
@@ -138,6 +138,20 @@ def test_region_masks_agree_with_exact_ones():
             assert cells(exact)[cells(strong)].all()
     print(f"IoU of {len(overlaps)} masks: mean {np.mean(overlaps):.3f}, median {np.median(overlaps):.3f}")
     assert np.mean(overlaps) > 0.75
+
+
+def test_an_edit_that_nobody_sees_is_drawn_anew(monkeypatch):
+    seen = make_item("edit", 0, kind="remove")
+    shares = iter((0.0, 0.0039, 0.0041))
+    monkeypatch.setattr(tasks, "visible_share", lambda before, after: next(shares))
+    assert make_item("edit", 0, kind="remove").facts != seen.facts
+    assert next(shares, None) is None
+    monkeypatch.undo()
+    grey = np.full((16, 16, 3), 90, np.uint8)
+    brighter = grey.copy()
+    brighter[:4, :8] += 18
+    brighter[8:, :] += 17
+    assert tasks.visible_share(grey, brighter) == 32 / 256
 
 
 def cells(mask):

@@ -4,8 +4,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import cv2
 import numpy as np
 
+from uniworld.data.masks import THRESHOLD
 from uniworld.data.samples import conversation_of
 from uniworld.data.scenes import edits, perception_items, prompts
 from uniworld.data.scenes.compositions import make_composition
@@ -28,6 +30,8 @@ KIND_WEIGHTS = {
 }
 NUM_TURNS = (1, 2, 3, 4)
 WHOLE_PICTURE = ("background", "style", "light")  # changes after which no latent counts more than others
+# Edits that change less are drawn anew. A region has at least 30 % of what changes, and must be 0.1 % of the picture.
+MIN_VISIBLE_SHARE = 0.004
 STYLE_RATE = 0.25  # of scenes that are talked about, in another style than a photo
 
 
@@ -122,11 +126,21 @@ def _t2i(kind: str, rng: np.random.Generator, words: Wording, split: str, langua
 
 
 def _edit(kind: str, rng: np.random.Generator, words: Wording, split: str, language: str, size_px: int) -> dict:
-    return _edit_parts(make_edit(kind, rng, split=split, language=language), size_px)
+    while True:
+        parts = _edit_parts(make_edit(kind, rng, split=split, language=language), size_px)
+        if visible_share(*parts["pictures"]) >= MIN_VISIBLE_SHARE:
+            return parts
 
 
 def _compose(kind: str, rng: np.random.Generator, words: Wording, split: str, language: str, size_px: int) -> dict:
-    return _edit_parts(make_composition(rng, split=split, language=language), size_px)
+    """Nothing is weighted: the region is what differs from both pictures, and a thing that is copied does not."""
+    parts = _edit_parts(make_composition(rng, split=split, language=language), size_px)
+    return parts | {"need_weight": False}
+
+
+def visible_share(before: np.ndarray, after: np.ndarray) -> float:
+    """The share of the pixels whose change `masks.region_mask` sees, of two pictures, uint8 [H, W, 3]."""
+    return float((cv2.cvtColor(cv2.absdiff(before, after), cv2.COLOR_RGB2GRAY) >= THRESHOLD).mean())
 
 
 def _perceive(kind: str, rng: np.random.Generator, words: Wording, split: str, language: str, size_px: int) -> dict:
