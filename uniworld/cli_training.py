@@ -1,0 +1,149 @@
+"""The commands around training: data, runs, what comes of them. Each imports what it needs when it is called."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from uniworld.cli_make_data import make_data
+from uniworld.cli_options import Overrides
+
+
+def check_data(
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="SOURCE...", help="`data.txt`, tar shards, parquet files, a folder, or the YAML file of a training."
+        ),
+    ],
+    kind: Annotated[str, typer.Option(help="auto, authors, webdataset or parquet.")] = "auto",
+    column: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=COLUMN", help="A table's own name of a column; may be repeated."),
+    ] = None,
+    anchor_px: Annotated[
+        int | None, typer.Option(min=1, metavar="PIXELS", help="Area of the targets; default 262144.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Look at N samples of each source, evenly spaced.")
+    ] = None,
+    page: Annotated[
+        Path | None, typer.Option(metavar="FILE.html", help="Write a page with some samples and their masks.")
+    ] = None,
+    shown: Annotated[int, typer.Option(min=0, metavar="N", help="Samples of each source on the page.")] = 6,
+    workers: Annotated[int | None, typer.Option(min=0, metavar="N", help="Processes; default: one a core.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+) -> int:
+    """Check training data: annotations, pictures, sizes and masks. Exits with 1 where samples cannot be used.
+
+    Example: `uniworld check-data data.txt --page data.html`
+
+    Example: `uniworld check-data "shard-{000..031}.tar" --limit 1000`
+    """
+    from uniworld import cli_check_data
+
+    options = cli_check_data.CheckOptions(
+        kind=kind, columns=tuple(column or ()), anchor_px=anchor_px, limit=limit, page=page, num_shown=shown
+    )
+    return cli_check_data.check_data(sources, options, workers, quiet)
+
+
+def train(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file; see `configs/`.")],
+    overrides: Overrides = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+) -> int:
+    """Train, or go on with a run that stopped; alone, under `torchrun` or under the `deepspeed` launcher.
+
+    A run is stopped by SIGTERM or SIGUSR1: it saves, and the same command goes on.
+
+    Example: `uniworld train configs/tiny_stage1.yaml optim.lr=1e-4`
+
+    Example: `torchrun --nproc-per-node 8 -m uniworld.cli train configs/stage1_512.yaml`
+    """
+    from uniworld import cli_train
+
+    return cli_train.train(config, overrides or [], quiet)
+
+
+def precompute(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="The YAML file that training will use.")],
+    overrides: Overrides = None,
+    *,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="The cache folder to fill.")],
+    samples_per_shard: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Samples a file; default 128.", show_default=False)
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+) -> None:
+    """Run the frozen encoders once over the data, so that training needs none of them.
+
+    The same command goes on where it was interrupted. Under `torchrun` every process takes its share.
+
+    Example: `uniworld precompute configs/stage1_512.yaml -o states`, then `uniworld train configs/stage1_512.yaml
+    data.precomputed=states`
+    """
+    from uniworld import cli_precompute
+
+    cli_precompute.precompute(config, output, overrides or [], samples_per_shard, quiet)
+
+
+def plan(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file; see `configs/`.")],
+    overrides: Overrides = None,
+    *,
+    gpus: Annotated[int, typer.Option("--gpus", min=1, metavar="N", help="GPUs in all.")] = 1,
+    gpu_memory: Annotated[float, typer.Option("--gpu-memory", min=1, metavar="GIB", help="Of each GPU.")] = 80,
+    table: Annotated[
+        bool, typer.Option("--table", help="GiB for every ZeRO stage and 1 to 64 GPUs, as Markdown.")
+    ] = False,
+) -> int:
+    """Estimate the memory of a training on each GPU, by part, and recommend settings that fit.
+
+    Exit code 1: it does not fit.
+
+    Example: `uniworld plan configs/stage2_512.yaml --gpus 8 --gpu-memory 80`
+    """
+    from uniworld import cli_plan
+
+    return cli_plan.plan(config, overrides or [], gpus, gpu_memory, table)
+
+
+def plot(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders; several are drawn together.")],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE", help="Default: curves.png in the first folder."),
+    ] = None,
+) -> None:
+    """Draw loss, learning rate, gradient norm and throughput of runs.
+
+    Example: `uniworld plot runs/stage1 runs/stage1_prodigy`
+    """
+    from uniworld import cli_plot
+
+    cli_plot.plot(runs, output)
+
+
+def export(
+    checkpoint: Annotated[
+        Path, typer.Argument(metavar="CKPT", help="A checkpoint's folder, or a run's for its newest one.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="The model folder to make.")],
+    ema: Annotated[bool, typer.Option("--ema", help="The averaged weights instead of the last ones.")] = False,
+    connectors_only: Annotated[
+        bool, typer.Option("--connectors-only", help="No model, only the connectors that were trained.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder where it exists.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+) -> None:
+    """Make a model of a training checkpoint: the base's weights with the trained ones in place.
+
+    Example: `uniworld export runs/stage1 -o my-model --ema`
+    """
+    from uniworld import cli_export
+
+    cli_export.export(checkpoint, output, ema=ema, connectors_only=connectors_only, overwrite=overwrite, quiet=quiet)
+
+
+COMMANDS = (check_data, make_data, train, precompute, plan, plot, export)
