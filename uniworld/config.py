@@ -253,6 +253,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
 
     Raises: ValueError naming the key, the value and what is allowed; FileNotFoundError.
     """
+    return from_dict(TrainConfig, read_yaml(path, overrides))
+
+
+def read_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The nested dicts of a YAML file with `a.b=value` overrides applied."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such config file")
@@ -264,7 +269,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
         raise ValueError(f"{path}: must be a mapping, got {tree!r:.80}")
     for override in overrides:
         _override(tree, override)
-    return from_dict(TrainConfig, tree)
+    return tree
 
 
 def _override(tree: dict[str, Any], override: str) -> None:

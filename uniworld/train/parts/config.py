@@ -1,0 +1,51 @@
+"""Settings of the training of one part of `tiny`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from uniworld.config import CheckpointConfig, EMAConfig, OptimConfig, from_dict, read_yaml
+
+PARTS = ("vae",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartConfig:
+    """A training run of one part, on one device."""
+
+    part: Literal["vae"]
+    """What is trained; each part stands in a module of its name beside this one."""
+    run_dir: str
+    """Checkpoints, metrics and the part's weights go here."""
+    num_steps: int
+    seed: int = 0
+    batch_size: int = 16
+    """Items a step; an item of the scenes' world may hold several pictures."""
+    size_px: int = 128
+    dtype: Literal["bf16", "fp32"] = "fp32"
+    """Of the computation; parameters, optimizer and EMA are fp32."""
+    num_workers: int = 1
+    """Processes that draw scenes; 0 draws them in the training process."""
+    num_checked: int = 256
+    """Held-out items that the score of the part is measured on."""
+    log_every_steps: int = 20
+    tensorboard: bool = False
+    wandb_project: str | None = None
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    ema: EMAConfig = field(default_factory=EMAConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    def __post_init__(self):
+        for name in ("num_steps", "batch_size", "num_checked", "log_every_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        if self.size_px < 64 or self.size_px % 16:
+            raise ValueError(f"size_px={self.size_px}: must be a multiple of 16 from 64 on")
+        if self.num_workers < 0:
+            raise ValueError(f"num_workers={self.num_workers}: must be at least 0")
+
+
+def load_part_config(path: str | Path, overrides: Sequence[str] = ()) -> PartConfig:
+    """Read a YAML file such as `configs/tiny/vae.yaml`; overrides and errors are those of `load_config`."""
+    return from_dict(PartConfig, read_yaml(path, overrides))

@@ -1,0 +1,207 @@
+"""The loop that trains one part of `tiny` on one device: batches, steps, averages, checkpoints, a score at the end.
+
+Step s sees the items of seeds s * batch_size ... and nothing else is random but what a part draws from the generator
+of that step, so that a run that was killed goes on bit by bit from its last checkpoint.
+"""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from uniworld.config import to_yaml
+from uniworld.kernels.ema_update import ema_update
+from uniworld.train import checkpoints
+from uniworld.train.ema import decay_at
+from uniworld.train.metrics import Metrics, memory_gib
+from uniworld.train.optim import learning_rate, make_optimizer
+from uniworld.train.parts.config import PartConfig
+from uniworld.train.signals import EXIT_STOPPED, StopSignals
+from uniworld.train.writer import Writer
+
+WEIGHTS, AVERAGE, OPTIMIZER = "weights.safetensors", "average.safetensors", "optimizer.pt"
+
+
+class Part(Protocol):
+    """What is trained. `module` holds all its parameters."""
+
+    module: nn.Module
+
+    def make(self, seeds: range) -> Any:
+        """A batch of the items of `seeds`: tensors in dicts, lists or tuples. Runs in loader processes."""
+
+    def loss(self, batch: Any, generator: torch.Generator) -> tuple[Tensor, dict[str, float | Tensor]]:
+        """The loss of a batch, and what else to log."""
+
+    def score(self) -> dict[str, float]:
+        """How good the part is, on held-out items."""
+
+    def export(self, folder: Path) -> None:
+        """Write the part as a model folder holds it."""
+
+
+class PartTrainer:
+    """Trains `part` as `config` says.
+
+    Attributes: step, steps done.
+    """
+
+    def __init__(self, config: PartConfig, part: Part, *, quiet: bool = False):
+        self.config, self.part, self.quiet = config, part, quiet
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        part.module.to(self.device, torch.float32).train()
+        self.parameters = [p for p in part.module.parameters() if p.requires_grad]
+        self.average = [p.detach().clone() for p in self.parameters]
+        self.optimizer = make_optimizer(config.optim, self.parameters)
+        self.root = checkpoints.checkpoints_dir(config.run_dir)
+        self.step = 0
+
+    def run(self, seconds: float | None = None) -> int:
+        """Train to `num_steps`, until a signal, or for `seconds`; returns the exit code, 0 where it is finished.
+
+        Raises: ValueError where checkpoint and config do not fit, or where the loss is not finite; OSError where a
+            checkpoint could not be written.
+        """
+        self._restore()
+        started = time.monotonic()
+        metrics = Metrics(self.config, rank=0, first_step=self.step, quiet=self.quiet)
+        count = sum(p.numel() for p in self.parameters)
+        metrics.note(f"{self.config.part}: {count:,} parameters, step {self.step} of {self.config.num_steps}")
+        try:
+            with StopSignals() as signals:
+                for batch in self._batches():
+                    self._train_step(batch, metrics)
+                    late = seconds is not None and time.monotonic() - started > seconds
+                    stop = signals.received or late
+                    if stop or self.step % self.config.checkpoint.every_steps == 0 or self._done:
+                        self._save()
+                    if stop and not self._done:
+                        metrics.note(f"stopped after step {self.step}; run again to go on")
+                        return EXIT_STOPPED
+        finally:
+            metrics.close()
+        return 0
+
+    @property
+    def _done(self) -> bool:
+        return self.step >= self.config.num_steps
+
+    def use_average(self) -> None:
+        """Put the averaged weights in the place of the last ones, to score and export them."""
+        with torch.no_grad():
+            for parameter, average in zip(self.parameters, self.average):
+                parameter.copy_(average)
+        self.part.module.eval()
+
+    def _batches(self) -> Iterator[Any]:
+        config = self.config
+        dataset = _Steps(self.part.make, config.batch_size, config.num_steps)
+        workers = {"num_workers": config.num_workers, "multiprocessing_context": "spawn"} if config.num_workers else {}
+        sampler = range(self.step, config.num_steps)
+        return iter(DataLoader(dataset, batch_size=None, sampler=sampler, **workers))
+
+    def _train_step(self, batch: Any, metrics: Metrics) -> None:
+        config = self.config
+        if self.step % config.log_every_steps == 0:
+            self._window_s, self._images = time.perf_counter(), 0
+        self.step += 1
+        lr = learning_rate(config, self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        generator = torch.Generator().manual_seed(config.seed * 2**32 + self.step)
+        batch = _moved(batch, self.device)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=config.dtype == "bf16"):
+            loss, more = self.part.loss(batch, generator)
+        loss.backward()
+        limit = config.optim.clip_norm or float("inf")
+        norm = float(nn.utils.clip_grad_norm_(self.parameters, limit))
+        if not norm < float("inf"):
+            raise ValueError(f"step {self.step}: loss {float(loss):g}, its gradient is not finite; lower optim.lr")
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        ema_update(self.average, self.parameters, decay_at(self.step, config.ema))
+        self._images += config.batch_size
+        if self.step % config.log_every_steps == 0:
+            self._log(float(loss), norm, lr, more, metrics)
+
+    def _log(self, loss: float, norm: float, lr: float, more: dict[str, Any], metrics: Metrics) -> None:
+        seconds = time.perf_counter() - self._window_s
+        record = {
+            "loss": loss,
+            **{name: float(value) for name, value in more.items()},
+            "grad_norm": norm,
+            "lr": lr,
+            "step_s": seconds / self.config.log_every_steps,
+            "images_per_s": self._images / seconds,
+            "memory_gib": memory_gib(self.device),
+        }
+        metrics.log(self.step, record)
+
+    def _restore(self) -> None:
+        folder = Path(self.config.run_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        checkpoints.clean(self.root)
+        found = checkpoints.choose(folder, self.config.checkpoint.resume)
+        if found is not None:
+            try:
+                self.part.module.load_state_dict(load_file(found.folder / WEIGHTS, str(self.device)))
+            except RuntimeError as error:
+                raise ValueError(f"{found.folder}: is of another model ({' '.join(str(error).split())})") from None
+            averages = load_file(found.folder / AVERAGE, str(self.device))
+            for average, name in zip(self.average, self._names()):
+                average.copy_(averages[name])
+            state = torch.load(found.folder / OPTIMIZER, map_location=self.device, weights_only=True)
+            self.optimizer.load_state_dict(state)
+            self.step = found.step
+        (folder / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
+
+    def _names(self) -> list[str]:
+        return [name for name, p in self.part.module.named_parameters() if p.requires_grad]
+
+    def _save(self) -> None:
+        target = self.root / checkpoints.folder_name(self.step)
+        checkpoints.hidden(target, "writing").mkdir(parents=True, exist_ok=True)
+        weights = {name: tensor.detach().contiguous() for name, tensor in self.part.module.state_dict().items()}
+        writer = Writer(
+            target=target,
+            rank=0,
+            world_size=1,
+            files={
+                WEIGHTS: weights,
+                AVERAGE: dict(zip(self._names(), self.average)),
+                OPTIMIZER: self.optimizer.state_dict(),
+            },
+            manifest={"format": checkpoints.FORMAT, "step": self.step, "world_size": 1},
+            keep=self.config.checkpoint.keep,
+        )
+        writer.run()
+        if writer.error is not None:
+            raise writer.error
+
+
+class _Steps(Dataset):
+    """The batch of each step."""
+
+    def __init__(self, make: Any, batch_size: int, num_steps: int):
+        self.make, self.batch_size, self.num_steps = make, batch_size, num_steps
+
+    def __len__(self) -> int:
+        return self.num_steps
+
+    def __getitem__(self, step: int) -> Any:
+        return self.make(range(step * self.batch_size, (step + 1) * self.batch_size))
+
+
+def _moved(batch: Any, device: torch.device) -> Any:
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, dict):
+        return {name: _moved(value, device) for name, value in batch.items()}
+    if isinstance(batch, list | tuple):
+        return type(batch)(_moved(value, device) for value in batch)
+    return batch

@@ -1,0 +1,96 @@
+"""The image autoencoder of `tiny`, trained to give pictures back.
+
+The loss is the absolute plus the squared error, the latter since pictures are judged by PSNR, and a KL term so small
+that it only keeps latents near zero. Source: Rombach et al., 2022, section 3.1, without the adversarial term, which
+buys texture that this world does not have.
+
+Letters: B pictures, H, W pixels.
+"""
+
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from uniworld.checkpoint.save import ShardWriter, write_json
+from uniworld.checkpoint.tiny import STORED_DTYPE
+from uniworld.checkpoint.tiny_configs import VAE
+from uniworld.data.scenes.tasks import MIXTURE, make_item
+from uniworld.train.parts.config import PartConfig
+
+TASKS = tuple(MIXTURE)
+KL_WEIGHT = 1e-6
+SCORED_AT_ONCE = 32
+
+
+class Autoencoder:
+    """The part `vae`: diffusers' AutoencoderKL in the sizes of `tiny_configs.VAE`."""
+
+    def __init__(self, config: PartConfig):
+        from diffusers import AutoencoderKL
+
+        torch.manual_seed(config.seed)
+        self.config = config
+        self.module: nn.Module = AutoencoderKL.from_config(VAE)
+
+    def make(self, seeds: range) -> Tensor:
+        """uint8 [B, H, W, 3]: the target of each item, whose task goes round, so that maps and styles are seen too."""
+        return torch.from_numpy(np.stack([picture(seed, "train", self.config.size_px) for seed in seeds]))
+
+    def loss(self, batch: Tensor, generator: torch.Generator) -> tuple[Tensor, dict[str, float | Tensor]]:
+        pixels = as_pixels(batch)
+        posterior = self.module.encode(pixels).latent_dist
+        noise = torch.randn(posterior.mean.shape, generator=generator).to(pixels.device)
+        decoded = self.module.decode(posterior.mean + posterior.std * noise).sample.float()
+        error = decoded - pixels
+        kl = posterior.kl().mean() / pixels[0].numel()
+        squared = error.square().mean()
+        return error.abs().mean() + squared + KL_WEIGHT * kl, {"psnr_db": psnr(squared.detach()), "kl": kl.detach()}
+
+    @torch.no_grad()
+    def score(self) -> dict[str, float]:
+        """PSNR in dB over held-out pictures, of all and by task; the mean of the pictures' own."""
+        found: dict[str, list[float]] = defaultdict(list)
+        seeds = range(self.config.num_checked)
+        for start in range(0, len(seeds), SCORED_AT_ONCE):
+            some = seeds[start : start + SCORED_AT_ONCE]
+            levels = np.stack([picture(seed, "held-out", self.config.size_px) for seed in some])
+            pixels = as_pixels(torch.from_numpy(levels).to(next(self.module.parameters()).device))
+            decoded = self.module.decode(self.module.encode(pixels).latent_dist.mean).sample.clamp(-1, 1)
+            for seed, squared in zip(some, (decoded - pixels).square().mean((1, 2, 3))):
+                found[TASKS[seed % len(TASKS)]].append(float(psnr(squared)))
+        scores = {f"psnr_{task}_db": float(np.mean(values)) for task, values in sorted(found.items())}
+        return {"psnr_db": float(np.mean([v for values in found.values() for v in values])), **scores}
+
+    @torch.no_grad()
+    def export(self, folder: Path) -> None:
+        """The folder `flux/vae`; scale and shift bring the latents of this world to mean 0 and deviation 1."""
+        latents = []
+        for start in range(0, self.config.num_checked, SCORED_AT_ONCE):
+            batch = self.make(range(start, start + SCORED_AT_ONCE)).to(next(self.module.parameters()).device)
+            latents.append(self.module.encode(as_pixels(batch)).latent_dist.mean)
+        values = torch.cat(latents)
+        settings = VAE | {"scaling_factor": 1 / float(values.std()), "shift_factor": float(values.mean())}
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "config.json", settings)
+        writer = ShardWriter(folder, stem="diffusion_pytorch_model")
+        for name, parameter in self.module.named_parameters():
+            writer.add(name, parameter.to(STORED_DTYPE))
+        writer.finish()
+
+
+def picture(seed: int, split: str, size_px: int) -> np.ndarray:
+    """uint8 [H, W, 3]: the target picture of an item, or the picture that is talked about."""
+    return make_item(TASKS[seed % len(TASKS)], seed, split, size_px=size_px).pictures[-1]
+
+
+def as_pixels(levels: Tensor) -> Tensor:
+    """uint8 [B, H, W, 3] -> fp32 [B, 3, H, W] in [-1, 1], channels last."""
+    return levels.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def psnr(squared: Tensor) -> Tensor:
+    """dB of a mean squared error of values in [-1, 1]."""
+    return -10 * torch.log10(squared / 4 + 1e-12)
