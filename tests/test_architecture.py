@@ -28,6 +28,7 @@ FLOORS = {
     "uniworld.cli_draw": 5,
     "uniworld.cli_chat": 5,
     "uniworld.cli_train": 5,
+    "uniworld.cli_train_part": 5,
     "uniworld.cli_training": 5,
     "uniworld.cli_check_data": 5,
     "uniworld.cli_export": 5,

@@ -66,6 +66,28 @@ def train(
     return cli_train.train(config, overrides or [], quiet)
 
 
+def train_part(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file; see `configs/tiny/`.")],
+    overrides: Overrides = None,
+    *,
+    minutes: Annotated[
+        float | None,
+        typer.Option("--minutes", min=0, metavar="M", help="Stop and save after this time; run again to go on."),
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+) -> int:
+    """Train a part that UniWorld-V1 takes as given, from nothing and on drawn scenes: how `tiny` is made.
+
+    A run that was stopped or killed goes on with the same command; exit code 143 says that it is not finished. At the
+    end the part is scored on held-out scenes and written to `RUN_DIR/model`.
+
+    Example: `uniworld train-part configs/tiny/vae.yaml --minutes 60`
+    """
+    from uniworld import cli_train_part
+
+    return cli_train_part.train_part(config, overrides or [], minutes, quiet)
+
+
 def precompute(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="The YAML file that training will use.")],
     overrides: Overrides = None,
@@ -146,4 +168,4 @@ def export(
     cli_export.export(checkpoint, output, ema=ema, connectors_only=connectors_only, overwrite=overwrite, quiet=quiet)
 
 
-COMMANDS = (check_data, make_data, train, precompute, plan, plot, export)
+COMMANDS = (check_data, make_data, train, train_part, precompute, plan, plot, export)

@@ -149,7 +149,9 @@ class _Bar(Progress):
 def described(record: dict[str, Any]) -> str:
     """The record as a reader wants it, in one line."""
     parts = [f"loss {record['loss']:.4f}", f"{record['step_s']:.2f} s/step", f"{record['images_per_s']:.2f} img/s"]
-    parts += [f"{record['tokens_per_s']:,.0f} tok/s", f"{record['memory_gib']:.1f} GiB"]
+    if record.get("tokens_per_s") is not None:
+        parts.append(f"{record['tokens_per_s']:,.0f} tok/s")
+    parts.append(f"{record['memory_gib']:.1f} GiB")
     if record.get("mfu") is not None:
         parts.append(f"MFU {record['mfu']:.0%}")
     if record.get("skipped_steps"):

@@ -5,7 +5,6 @@ validation and a checkpoint. All ranks take the same turns: whether to stop, and
 once a step.
 """
 
-import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,11 +23,10 @@ from uniworld.train.metrics import Metrics, memory_gib
 from uniworld.train.optim import learning_rate
 from uniworld.train.resume import Checkpointer
 from uniworld.train.sharding import Sharded, StepReport
+from uniworld.train.signals import EXIT_STOPPED, StopSignals
 from uniworld.train.stages import patterns_of
 from uniworld.train.step import drop_t5, rank_generator, training_loss
 
-EXIT_STOPPED = 143
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 GO_ON, STOP, FAILED = 0, 1, 2  # what ranks agree on; FAILED + r: rank r failed
 
 
@@ -57,7 +55,7 @@ class Trainer:
         self._restore()
         self.metrics = Metrics(self.config, rank=self.world.rank, first_step=self.step, quiet=self.quiet)
         self._announce()
-        with _Signals() as signals:
+        with StopSignals() as signals:
             try:
                 return self._train(signals)
             finally:
@@ -114,7 +112,7 @@ class Trainer:
         for line in lines:
             self.metrics.note(line)
 
-    def _train(self, signals: "_Signals") -> int:
+    def _train(self, signals: StopSignals) -> int:
         config = self.config
         window = _Window(self.world.device)
         saved = self.step
@@ -139,7 +137,7 @@ class Trainer:
         self.metrics.note(f"finished after step {self.step}; make a model of it with: uniworld export {config.run_dir}")
         return 0
 
-    def _next_batches(self, signals: "_Signals") -> tuple[list[Any], bool]:
+    def _next_batches(self, signals: StopSignals) -> tuple[list[Any], bool]:
         """The micro-batches of a step, and whether it is the last one because some rank was signalled.
 
         Raises: what failed on this rank, reading data or writing a checkpoint in the background; on the others a
@@ -243,21 +241,3 @@ class _Window:
     def sums(self) -> tuple[float, ...]:
         """Loss, number of losses, images, tokens, FLOPs."""
         return float(self._loss), self._losses, self._images, self._tokens, self._flops
-
-
-class _Signals:
-    """While entered, SIGTERM and SIGUSR1 are noted in `received` and nothing else happens."""
-
-    def __init__(self):
-        self.received = False
-
-    def __enter__(self) -> "_Signals":
-        self._before = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, *_: Any) -> None:
-        self.received = True

@@ -1,1 +1,12 @@
 """What the paper takes as given, trained from nothing for the model `tiny`: one module a part, one loop for all."""
+
+from typing import Any
+
+from uniworld.train.parts.config import PartConfig
+
+
+def make_part(config: PartConfig) -> Any:
+    """The part that `config.part` names, with fresh weights; a `loop.Part`."""
+    from uniworld.train.parts.vae import Autoencoder
+
+    return {"vae": Autoencoder}[config.part](config)

@@ -7,8 +7,6 @@ from typing import Literal
 
 from uniworld.config import CheckpointConfig, EMAConfig, OptimConfig, from_dict, read_yaml
 
-PARTS = ("vae",)
-
 
 @dataclass(frozen=True, kw_only=True)
 class PartConfig:

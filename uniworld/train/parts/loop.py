@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from uniworld.checkpoint.save import atomic_folder, write_json
 from uniworld.config import to_yaml
 from uniworld.kernels.ema_update import ema_update
 from uniworld.train import checkpoints
@@ -73,6 +74,7 @@ class PartTrainer:
         count = sum(p.numel() for p in self.parameters)
         metrics.note(f"{self.config.part}: {count:,} parameters, step {self.step} of {self.config.num_steps}")
         try:
+            self._window_s, self._images = time.perf_counter(), 0
             with StopSignals() as signals:
                 for batch in self._batches():
                     self._train_step(batch, metrics)
@@ -91,12 +93,18 @@ class PartTrainer:
     def _done(self) -> bool:
         return self.step >= self.config.num_steps
 
-    def use_average(self) -> None:
-        """Put the averaged weights in the place of the last ones, to score and export them."""
+    def finish(self) -> tuple[dict[str, float], Path]:
+        """Score and export the averaged weights; returns the scores, also in `scores.json`, and the exported folder."""
         with torch.no_grad():
             for parameter, average in zip(self.parameters, self.average):
                 parameter.copy_(average)
         self.part.module.eval()
+        scores = self.part.score()
+        folder = Path(self.config.run_dir)
+        with atomic_folder(folder / "model", overwrite=True) as temporary:
+            self.part.export(temporary)
+        write_json(folder / "scores.json", scores)
+        return scores, folder / "model"
 
     def _batches(self) -> Iterator[Any]:
         config = self.config
@@ -107,8 +115,6 @@ class PartTrainer:
 
     def _train_step(self, batch: Any, metrics: Metrics) -> None:
         config = self.config
-        if self.step % config.log_every_steps == 0:
-            self._window_s, self._images = time.perf_counter(), 0
         self.step += 1
         lr = learning_rate(config, self.step)
         for group in self.optimizer.param_groups:
@@ -127,7 +133,8 @@ class PartTrainer:
         ema_update(self.average, self.parameters, decay_at(self.step, config.ema))
         self._images += config.batch_size
         if self.step % config.log_every_steps == 0:
-            self._log(float(loss), norm, lr, more, metrics)
+            self._log(float(loss.detach()), norm, lr, more, metrics)
+            self._window_s, self._images = time.perf_counter(), 0
 
     def _log(self, loss: float, norm: float, lr: float, more: dict[str, Any], metrics: Metrics) -> None:
         seconds = time.perf_counter() - self._window_s
@@ -136,7 +143,7 @@ class PartTrainer:
             **{name: float(value) for name, value in more.items()},
             "grad_norm": norm,
             "lr": lr,
-            "step_s": seconds / self.config.log_every_steps,
+            "step_s": seconds * self.config.batch_size / self._images,
             "images_per_s": self._images / seconds,
             "memory_gib": memory_gib(self.device),
         }
