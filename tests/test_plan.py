@@ -85,7 +85,7 @@ def test_published_sizes_are_those_of_the_configs(monkeypatch):
 
     monkeypatch.setattr(full_model, "materialise", lambda *_: None)  # stays on meta
     monkeypatch.setattr(full_model, "fill_random", lambda *_, **__: None)
-    model = full_model.random_uniworld(True, "meta", torch.bfloat16)
+    model = full_model.random_uniworld(full_model.FULL_SIZE, "meta", torch.bfloat16)
     found = {
         "vlm": model.vlm,
         "siglip": model.semantic_encoder,
@@ -157,6 +157,18 @@ def test_command_makes_the_table_of_the_docs(monkeypatch, capsys):
     for stage, cell in zip((1, 2, 3), rows[3][1:]):
         total = estimate(load_config(path, [f"sharding.zero_stage={stage}"]), 8).total
         assert float(cell) == pytest.approx(total / GIB, abs=0.05)
+
+
+def test_the_table_of_the_docs_is_the_planners():
+    """One row of each table, for 8 GPUs with ZeRO 2."""
+    page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    rows = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| 8 |")]
+    blocks = "sharding.checkpoint_blocks=[double,single]"
+    settings = [("stage1", []), ("stage2", []), ("stage2", [blocks])]
+    assert len(rows) == len(settings)
+    for row, (stage, overrides) in zip(rows, settings):
+        config = load_config(ROOT / "configs" / f"{stage}_512.yaml", ["model.path=published", *overrides])
+        assert float(row[2]) == pytest.approx(estimate(config, 8).total / GIB, abs=0.051), stage
 
 
 @pytest.mark.parametrize(
