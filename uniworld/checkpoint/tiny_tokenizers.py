@@ -1,9 +1,14 @@
-"""The tokenizers of the default model `tiny`: byte-level, so that any text encodes, and made by program."""
+"""The tokenizers of the default model `tiny`: byte-level, so that any text encodes, and made by program.
+
+Given texts, each learns merges from them (byte-pair encoding, Sennrich et al., 2016), so that a word of those texts is
+one token or a few; without texts a token is a byte.
+"""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 # Qwen's special tokens, in the order of their ids.
 QWEN_SPECIAL = (
@@ -42,10 +47,11 @@ CHAT_TEMPLATE = (
 CLIP_MAX_TOKENS = 77
 T5_MAX_TOKENS = 512
 BYTES = 256
+Merges = list[tuple[str, str]]
 
 
-def write_qwen_tokenizer(folder: Path) -> dict[str, int]:
-    """A byte-level BPE whose only merges make the role names; returns the ids of the special tokens."""
+def write_qwen_tokenizer(folder: Path, texts: Sequence[str] = (), num_merges: int = 0) -> dict[str, int]:
+    """A byte-level BPE whose first merges make the role names; returns the ids of the special tokens."""
     vocab = {symbol: i for i, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     merges = []
     for word in ROLES:
@@ -53,14 +59,15 @@ def write_qwen_tokenizer(folder: Path) -> dict[str, int]:
             if word[:end] not in vocab:
                 vocab[word[:end]] = len(vocab)
                 merges.append((word[: end - 1], word[end - 1]))
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
-    tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+    words = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(QWEN_SPLIT), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
+    _add_merges(vocab, merges, _learned_merges(texts, num_merges, normalizers.NFC(), words))
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.NFC(), words
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in QWEN_SPECIAL])
     ids = {token: tokenizer.token_to_id(token) for token in QWEN_SPECIAL}
@@ -82,23 +89,24 @@ def write_qwen_tokenizer(folder: Path) -> dict[str, int]:
     return ids
 
 
-def write_clip_tokenizer(folder: Path) -> dict[str, int]:
-    """CLIP's layout without merges: 256 bytes, 256 bytes that end a word, start and end of text."""
+def write_clip_tokenizer(folder: Path, texts: Sequence[str] = (), num_merges: int = 0) -> dict[str, int]:
+    """CLIP's layout: 256 bytes, 256 bytes that end a word, what merges make of them, start and end of text."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {symbol: i for i, symbol in enumerate([*alphabet, *(f"{s}</w>" for s in alphabet)])}
     bos, eos = "<|startoftext|>", "<|endoftext|>"
-    vocab |= {bos: 2 * BYTES, eos: 2 * BYTES + 1}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], end_of_word_suffix="</w>", unk_token=eos))
-    tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
-    )
+    lower = normalizers.Sequence([normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
     split = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+    words = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(split), behavior="removed", invert=True),
             pre_tokenizers.ByteLevel(add_prefix_space=False),
         ]
     )
+    merges: Merges = []
+    _add_merges(vocab, merges, _learned_merges(texts, num_merges, lower, words, suffix="</w>"))
+    vocab |= {bos: len(vocab), eos: len(vocab) + 1}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, end_of_word_suffix="</w>", unk_token=eos))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = lower, words
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(t, normalized=True, special=True) for t in (bos, eos)])
     tokenizer.post_processor = processors.RobertaProcessing((eos, vocab[eos]), (bos, vocab[bos]), False, False)
@@ -113,12 +121,14 @@ def write_clip_tokenizer(folder: Path) -> dict[str, int]:
         unk_token=eos,
         model_max_length=CLIP_MAX_TOKENS,
     )
-    _write_bpe_files(folder, vocab, [])
+    _write_bpe_files(folder, vocab, merges)
     return {"bos": vocab[bos], "eos": vocab[eos], "vocab_size": len(vocab)}
 
 
-def write_t5_tokenizer(folder: Path) -> dict[str, int]:
-    """A unigram tokenizer over printable ASCII with T5's first ids; everything else falls back to bytes.
+def write_t5_tokenizer(
+    folder: Path, texts: Sequence[str] = (), num_pieces: int = 0, max_tokens: int = T5_MAX_TOKENS
+) -> dict[str, int]:
+    """A unigram tokenizer with T5's first ids: printable ASCII, pieces of `texts`; the rest falls back to bytes.
 
     It is stored as a plain fast tokenizer: transformers' T5 class would rebuild it without the byte fallback.
     """
@@ -126,14 +136,16 @@ def write_t5_tokenizer(folder: Path) -> dict[str, int]:
     pieces = [(token, 0.0) for token in specials]
     pieces += [("▁", -2.0), *((chr(c), -3.0) for c in range(33, 127))]
     pieces += [(f"<0x{b:02X}>", -10.0) for b in range(BYTES)]
-    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=2, byte_fallback=True))
-    tokenizer.normalizer = normalizers.NFKC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+    words = pre_tokenizers.Sequence(
         [
             pre_tokenizers.WhitespaceSplit(),
             pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always"),
         ]
     )
+    known = {piece for piece, _ in pieces}
+    pieces += [pair for pair in _learned_pieces(texts, num_pieces, words) if pair[0] not in known]
+    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=2, byte_fallback=True))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.NFKC(), words
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
@@ -147,9 +159,42 @@ def write_t5_tokenizer(folder: Path) -> dict[str, int]:
         eos_token="</s>",
         pad_token="<pad>",
         unk_token="<unk>",
-        model_max_length=T5_MAX_TOKENS,
+        model_max_length=max_tokens,
     )
     return {"pad": 0, "eos": 1, "vocab_size": len(pieces)}
+
+
+def _learned_merges(
+    texts: Sequence[str], num: int, normalizer: normalizers.Normalizer, words: pre_tokenizers.PreTokenizer, suffix=""
+) -> Merges:
+    """The `num` merges that shorten `texts` most, in their order."""
+    if not num:
+        return []
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    ends = {"end_of_word_suffix": suffix} if suffix else {}
+    learner = Tokenizer(models.BPE(**ends))
+    learner.normalizer, learner.pre_tokenizer = normalizer, words
+    size = len(alphabet) * (1 + len(ends)) + num
+    trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False, **ends)
+    learner.train_from_iterator(texts, trainer)
+    return [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]][:num]
+
+
+def _add_merges(vocab: dict[str, int], merges: Merges, more: Merges) -> None:
+    for left, right in more:
+        if left + right not in vocab:
+            vocab[left + right] = len(vocab)
+            merges.append((left, right))
+
+
+def _learned_pieces(texts: Sequence[str], num: int, words: pre_tokenizers.PreTokenizer) -> list[tuple[str, float]]:
+    """About `num` pieces of words and their log probabilities."""
+    if not num:
+        return []
+    learner = Tokenizer(models.Unigram())
+    learner.normalizer, learner.pre_tokenizer = normalizers.NFKC(), words
+    learner.train_from_iterator(texts, trainers.UnigramTrainer(vocab_size=num, show_progress=False))
+    return [(piece, score) for piece, score in json.loads(learner.to_str())["model"]["vocab"]]
 
 
 def _added(token: str, normalized: bool = False) -> dict:
@@ -167,7 +212,7 @@ def _write(folder: Path, tokenizer: Tokenizer, **config) -> None:
     (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=2), encoding="utf-8")
 
 
-def _write_bpe_files(folder: Path, vocab: dict[str, int], merges: list[tuple[str, str]]) -> None:
+def _write_bpe_files(folder: Path, vocab: dict[str, int], merges: Merges) -> None:
     (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")
     lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
     (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -54,10 +54,16 @@ class TextEncoders(nn.Module):
         return self.t5 is not None
 
     @torch.no_grad()
-    def t5_states(self, prompts: Sequence[str], max_length: int = T5_MAX_LENGTH) -> Tensor:
-        """[B, max_length, D]: every prompt padded or cut to `max_length`; padding is attended, as FLUX was trained."""
+    def t5_states(self, prompts: Sequence[str], max_length: int | None = None) -> Tensor:
+        """[B, max_length, D]: every prompt padded or cut to one length; padding is attended, as FLUX was trained.
+
+        Args:
+            max_length: by default 256, or the tokenizer's own limit where that is lower.
+        """
         if self.t5 is None:
             raise ValueError("use_t5=True: no T5 is loaded")
+        if max_length is None:
+            max_length = min(T5_MAX_LENGTH, self.t5_tokenizer.model_max_length)
         ids = token_ids(self.t5_tokenizer, prompts, max_length)
         return self.t5(ids.to(self.t5.device)).last_hidden_state
 

@@ -51,6 +51,7 @@ class VisionProcessor:
     Args:
         config: the checkpoint's preprocessor_config.json.
         min_pixels, max_pixels: bounds of a picture's area after resizing; equal by default, as the model was trained.
+            `max_pixels` of the config lowers both: a small model sees small pictures.
         factor: both sides become multiples of this many pixels: 28 at inference, 56 in training.
     """
 
@@ -66,11 +67,12 @@ class VisionProcessor:
         self.patch_size: int = config["patch_size"]
         self.temporal_patch_size: int = config["temporal_patch_size"]
         self.merge_size: int = config["merge_size"]
-        self.min_pixels, self.max_pixels, self.factor = min_pixels, max_pixels, factor
         if factor % (self.patch_size * self.merge_size):
             raise ValueError(f"factor={factor}: must be a multiple of {self.patch_size * self.merge_size}")
         if not 0 < min_pixels <= max_pixels:
             raise ValueError(f"min_pixels={min_pixels}: must be from 1 to max_pixels={max_pixels}")
+        ceiling: int = config.get("max_pixels") or max_pixels
+        self.min_pixels, self.max_pixels, self.factor = min(min_pixels, ceiling), min(max_pixels, ceiling), factor
 
     def __call__(self, images: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:
         """pixel_values [sum of P, C T p p] fp32 and image_grid_thw [num_images, 3] int64, grids in patches."""

@@ -178,6 +178,10 @@ class VisionLanguageModel(nn.Module):
         Args:
             use_cache: keep keys and values, so that `stream_text` can go on from here.
         """
+        return self.states(inputs, use_cache)
+
+    def states(self, inputs: VLMInputs, use_cache: bool = False) -> VLMStates:
+        """As `encode`, with a graph where parameters require gradients."""
         mask = inputs.attention_mask
         position_ids, rope_deltas = rope_index(inputs.mm_token_type_ids, mask, inputs.image_grid_thw, self.merge_size)
         # Attention is causal: padding after a prompt reaches none of its tokens and needs no mask.

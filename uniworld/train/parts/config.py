@@ -12,7 +12,7 @@ from uniworld.config import CheckpointConfig, EMAConfig, OptimConfig, from_dict,
 class PartConfig:
     """A training run of one part, on one device."""
 
-    part: Literal["vae"]
+    part: Literal["vae", "vlm"]
     """What is trained; each part stands in a module of its name beside this one."""
     run_dir: str
     """Checkpoints, metrics and the part's weights go here."""
@@ -21,6 +21,8 @@ class PartConfig:
     batch_size: int = 16
     """Items a step; an item of the scenes' world may hold several pictures."""
     size_px: int = 128
+    words: str = "runs/tiny/words"
+    """Folder of the tokenizers, which the parts share; made from the words of the scenes where it is not there."""
     dtype: Literal["bf16", "fp32"] = "fp32"
     """Of the computation; parameters, optimizer and EMA are fp32."""
     num_workers: int = 1

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from uniworld.checkpoint.save import ShardWriter, write_json
 from uniworld.checkpoint.tiny import STORED_DTYPE
-from uniworld.checkpoint.tiny_configs import VAE
 from uniworld.data.scenes.tasks import MIXTURE, make_item
 from uniworld.train.parts.config import PartConfig
+from uniworld.train.parts.sizes import VAE
 
 TASKS = tuple(MIXTURE)
 KL_WEIGHT = 1e-6
@@ -26,7 +26,7 @@ SCORED_AT_ONCE = 32
 
 
 class Autoencoder:
-    """The part `vae`: diffusers' AutoencoderKL in the sizes of `tiny_configs.VAE`."""
+    """The part `vae`: diffusers' AutoencoderKL in the sizes of `sizes.VAE`."""
 
     def __init__(self, config: PartConfig):
         from diffusers import AutoencoderKL

@@ -1,0 +1,35 @@
+"""Sizes of the trained `tiny`: what changes of the configs in `tiny_configs`.
+
+All parts together hold fewer than 15 M parameters, so that the package ships them in bf16 in under 30 MB. Pictures are
+128 px: 16x16 latents, 64 tokens of the DiT; the VLM sees them at 168 px, 36 tokens.
+"""
+
+from typing import Any
+
+from uniworld.checkpoint import tiny_configs
+
+SIZE_PX = 128
+VLM_PX = 168 * 168
+HIDDEN = 192  # of the VLM, and width of the DiT's text
+
+VAE: dict[str, Any] = tiny_configs.VAE | {"block_out_channels": [16, 32, 64, 96], "sample_size": SIZE_PX}
+PREPROCESSOR: dict[str, Any] = tiny_configs.PREPROCESSOR | {"max_pixels": VLM_PX}
+VISION: dict[str, Any] = tiny_configs.VISION | {
+    "depth": 4,
+    "fullatt_block_indexes": [0, 1, 2, 3],
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "out_hidden_size": HIDDEN,
+}
+
+
+def qwen_config(ids: dict[str, int]) -> dict[str, Any]:
+    """The VLM's config.json; `ids` as for `tiny_configs.qwen_config`."""
+    return tiny_configs.qwen_config(ids) | {
+        "hidden_size": HIDDEN,
+        "intermediate_size": 3 * HIDDEN,
+        "max_window_layers": 4,
+        "num_hidden_layers": 4,
+        "rope_scaling": {"mrope_section": [8, 8, 8], "rope_type": "default", "type": "default"},
+        "vision_config": VISION,
+    }
