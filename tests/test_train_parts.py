@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -15,11 +16,17 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
+from uniworld.checkpoint.names import VLM, authors_names
 from uniworld.config import CheckpointConfig, EMAConfig, OptimConfig
+from uniworld.data.scenes.tasks import make_item
+from uniworld.models.prompts import ANSWER_START, VLMInputs
+from uniworld.models.tokenizers import load_tokenizer
 from uniworld.models.vae import ImageAutoencoder, to_pixels
+from uniworld.models.vlm import VisionLanguageModel
 from uniworld.train.checkpoints import complete_checkpoints
 from uniworld.train.metrics import read_metrics
-from uniworld.train.parts import loop, make_part
+from uniworld.train.parts import loop, make_part, vlm
+from uniworld.train.parts import words as parts_words
 from uniworld.train.parts.config import PartConfig, load_part_config
 from uniworld.train.parts.vae import picture, psnr
 
@@ -153,6 +160,88 @@ def test_the_autoencoder_learns_and_its_latents_have_unit_size(tmp_path):
     assert float(latents.mean()) == pytest.approx(0, abs=0.2) and float(latents.std()) == pytest.approx(1, abs=0.2)
     decoded = vae.decode(latents)
     assert float(psnr((decoded - pixels).square().mean())) > 13.5
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
+    """Tokenizers that learned from a few texts."""
+    folder = tmp_path_factory.mktemp("words") / "words"
+    with mock.patch.object(parts_words, "texts", lambda: parts_words.learned_texts(100)):
+        return parts_words.open_tokenizers(folder)
+
+
+@pytest.fixture(scope="module")
+def language(words, tmp_path_factory):
+    """The vision-language part after 60 steps on one batch, its first loss, its last one, and that batch."""
+    folder = tmp_path_factory.mktemp("vlm")
+    changes = [f"run_dir={folder}", f"words={words}", "num_checked=4", "size_px=64"]
+    part = make_part(load_part_config(ROOT / "configs" / "tiny" / "vlm.yaml", changes))
+    batch, generator = part.make(range(4)), torch.Generator()
+    optimizer = torch.optim.AdamW(part.module.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(60):
+        loss, _ = part.loss(batch, generator)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    return part, losses, batch
+
+
+def test_tokenizers_are_made_once_and_know_the_words(words):
+    assert parts_words.open_tokenizers(words) == words
+    for folder, name in ((words, "Qwen2Tokenizer"), (words / "flux" / "tokenizer_2", "T5Tokenizer")):
+        tokenizer = load_tokenizer(folder, name)
+        for text, limit in (("make the red ball blue", 12), ("把红色的球换成蓝色", 12), ("zürich costs 3 €", 40)):
+            ids = tokenizer(text, add_special_tokens=False).input_ids
+            assert tokenizer.decode(ids) == text and len(ids) <= limit, (name, text, ids)
+
+
+def test_answers_alone_are_learned(language):
+    """Labels, read back, are the answers; where no answer stands there is none."""
+    part, _, batch = language
+    tokenizer = part.processor.tokenizer
+    for row in range(4):
+        item = make_item(vlm.TASKS[row], row, "train", size_px=64)
+        answers = [turn["value"] for turn in vlm.answered(item) if turn["from"] == "gpt"]
+        labels = batch["labels"][row]
+        learned = labels[labels != vlm.IGNORED]
+        assert tokenizer.decode(learned) == "".join(f"{answer}<|im_end|>" for answer in answers)
+        assert torch.equal(learned, batch["input_ids"][row][labels != vlm.IGNORED])
+    edit = make_item("edit", 1, "train", size_px=64)
+    assert edit.conversations[-1]["value"] == "<gen_image>" and batch["image_grid_thw"].shape[0] == 4
+
+
+def test_the_language_part_learns(language):
+    _, losses, _ = language
+    assert losses[0] > 5 and losses[-1] < losses[0] / 3, losses[::10]
+
+
+def test_answers_count_as_right_where_decoding_gives_them(language):
+    part, _, _ = language
+    items = [make_item("understanding", seed, "train", size_px=64) for seed in (0, 2, 3, 7)]
+    conversations = [item.conversations[:2] for item in items]
+    right = part._right(part._batch(items, conversations))
+    vlm_model, processor = part.vlm, part.processor
+    for i, (item, turns) in enumerate(zip(items, conversations)):
+        prompt = vlm.conversation_text(turns[:1], words_first=i % 2 == 0) + ANSWER_START
+        states = vlm_model.encode(processor.encode([prompt], [[Image.fromarray(item.pictures[0])]]), use_cache=True)
+        ids = vlm_model.stream_text(states, max_new_tokens=60, stop_ids=[processor.tokens.turn_end])
+        assert (processor.decode(list(ids)) == turns[1]["value"]) == right[i], (turns, right[i])
+    assert any(right)
+
+
+def test_the_exported_language_part_has_the_authors_names(language, tmp_path):
+    part, _, batch = language
+    part.export(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    vlm_keys = {key for key in tensors if key.startswith(("visual.", "model.", "lm_head."))}
+    assert vlm_keys == set(tensors) and "model.embed_tokens.weight" in tensors
+    fresh = VisionLanguageModel.from_config(json.loads((tmp_path / "config.json").read_text()))
+    fresh.model.load_state_dict({n: tensors[authors_names(VLM, n)[0]] for n, _ in fresh.model.named_parameters()})
+    inputs = VLMInputs(**{name: value for name, value in batch.items() if name != "labels"})
+    ours, theirs = (model.encode(inputs).hidden_states for model in (part.vlm, fresh))
+    assert float((ours - theirs).norm() / ours.norm()) < 0.05  # bf16
 
 
 def test_command_stops_in_time_and_goes_on(tmp_path):

@@ -15,8 +15,13 @@ NUM_MERGES = 1024
 T5_TOKENS = 48  # of a prompt; the longest captions of the world are cut
 
 
-def texts(num: int = NUM_TEXTS) -> Iterator[str]:
-    """What is said in the first `num` training items of every task, both languages, and the engine's own prompts."""
+def texts() -> Iterator[str]:
+    """What the tokenizers learn from."""
+    return learned_texts(NUM_TEXTS)
+
+
+def learned_texts(num: int) -> Iterator[str]:
+    """What is said in the first `num` training items, as many of every task, and the engine's own prompts."""
     yield from PERCEPTION_PROMPTS.values()
     for task in MIXTURE:
         for seed in range(num // len(MIXTURE)):
