@@ -16,6 +16,7 @@ from uniworld.data.scenes.graph import (
     COLOURS,
     LIGHTS,
     MATERIALS,
+    PLAIN,
     POSES,
     SHAPES,
     SIZES,
@@ -128,7 +129,8 @@ def test_there_are_words_for_everything(language):
         STYLES: ("STYLES", "STYLE_NAMES"),
         LIGHTS: ("LIGHTS",),
         tuple(POSES): ("POSES",),
-        BACKGROUNDS: ("BACKGROUNDS", "BACKGROUNDS_AT", "BACKGROUNDS_TO"),
+        (*BACKGROUNDS, PLAIN): ("BACKGROUNDS", "BACKGROUNDS_AT"),
+        BACKGROUNDS: ("BACKGROUNDS_TO",),
     }
     for expected, tables in keys.items():
         for table in tables:

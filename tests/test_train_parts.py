@@ -18,14 +18,16 @@ from torch import nn
 
 from uniworld.checkpoint.names import VLM, authors_names
 from uniworld.config import CheckpointConfig, EMAConfig, OptimConfig
+from uniworld.data.scenes import edits
 from uniworld.data.scenes.tasks import make_item
 from uniworld.models.prompts import ANSWER_START, VLMInputs
+from uniworld.models.siglip import SemanticEncoder
 from uniworld.models.tokenizers import load_tokenizer
 from uniworld.models.vae import ImageAutoencoder, to_pixels
 from uniworld.models.vlm import VisionLanguageModel
 from uniworld.train.checkpoints import complete_checkpoints
 from uniworld.train.metrics import read_metrics
-from uniworld.train.parts import loop, make_part, vlm
+from uniworld.train.parts import loop, make_part, semantic_encoder, vlm
 from uniworld.train.parts import words as parts_words
 from uniworld.train.parts.config import PartConfig, load_part_config
 from uniworld.train.parts.vae import picture, psnr
@@ -197,6 +199,15 @@ def test_tokenizers_are_made_once_and_know_the_words(words):
             assert tokenizer.decode(ids) == text and len(ids) <= limit, (name, text, ids)
 
 
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_every_item_that_a_part_sees_has_a_caption(language):
+    """Extracted things, too, which stand on no backdrop."""
+    for task, kinds in (("edit", edits.KINDS), ("t2i", (None,)), ("compose", (None,))):
+        for kind in kinds:
+            item = make_item(task, 5, kind=kind, language=language, size_px=64)
+            assert vlm.answered(item)[-1]["value"] and semantic_encoder.caption(item)
+
+
 def test_answers_alone_are_learned(language):
     """Labels, read back, are the answers; where no answer stands there is none."""
     part, _, batch = language
@@ -242,6 +253,57 @@ def test_the_exported_language_part_has_the_authors_names(language, tmp_path):
     inputs = VLMInputs(**{name: value for name, value in batch.items() if name != "labels"})
     ours, theirs = (model.encode(inputs).hidden_states for model in (part.vlm, fresh))
     assert float((ours - theirs).norm() / ours.norm()) < 0.05  # bf16
+
+
+def test_the_semantic_encoder_learns_which_caption_is_whose(words, tmp_path):
+    changes = [f"run_dir={tmp_path}", f"words={words}", "num_checked=32"]
+    part = make_part(load_part_config(ROOT / "configs" / "tiny" / "semantic_encoder.yaml", changes))
+    batch, generator = part.make(range(8)), torch.Generator()
+    assert batch["levels"].shape == (8, 128, 128, 3) and batch["mask"][:, 0].all()
+    optimizer = torch.optim.AdamW(part.module.parameters(), lr=2e-3)
+    logged = []
+    for _ in range(40):
+        loss, more = part.loss(batch, generator)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        logged.append({name: float(value) for name, value in more.items()})
+    assert logged[0]["found"] < 0.6 and logged[-1]["found"] == 1, logged[-1]
+    assert logged[-1]["psnr_db"] > logged[0]["psnr_db"] + 3
+    assert part.score()["found"] < 0.5  # of pictures it has not seen: 1 of 32 by chance
+    part.export(tmp_path)
+    settings = [json.loads((tmp_path / name).read_text()) for name in ("config.json", "preprocessor_config.json")]
+    encoder = SemanticEncoder.from_config(*settings)
+    weights = load_file(tmp_path / "model.safetensors")
+    names = {name: name if name in weights else f"vision_model.{name}" for name, _ in encoder.model.named_parameters()}
+    assert set(names.values()) == set(weights)
+    encoder.model.load_state_dict({name: weights[key] for name, key in names.items()}, strict=False)
+    pictures = [Image.fromarray(levels.numpy()) for levels in batch["levels"]]
+    with torch.no_grad():
+        states = part.module.vision(encoder.preprocess(pictures)).last_hidden_state
+    assert float((encoder(encoder.preprocess(pictures)) - states).norm() / states.norm()) < 0.05  # bf16
+
+
+def test_sigmoid_loss_is_siglips():
+    """Equation 1 of Zhai et al., written out pair by pair."""
+    part = object.__new__(semantic_encoder.Contrastive)
+    torch.manual_seed(0)
+    part.module = semantic_encoder.TwoTowers(50)
+    batch = {
+        "levels": torch.randint(256, (3, 128, 128, 3), dtype=torch.uint8),
+        "ids": torch.randint(50, (3, 7)),
+        "mask": torch.ones(3, 7, dtype=torch.bool),
+    }
+    with torch.no_grad():
+        _, more = part.loss(batch, torch.Generator())
+        states = part.module.vision(semantic_encoder.as_pixels(batch["levels"])).last_hidden_state
+        x, y = part.module.embed_pictures(states), part.module.embed_captions(batch["ids"], batch["mask"])
+    expected = 0.0
+    for i in range(3):
+        for j in range(3):
+            logit = 10 * float(x[i] @ y[j]) - 10
+            expected -= math.log(1 / (1 + math.exp(-logit if i == j else logit))) / 3
+    assert float(more["contrastive"]) == pytest.approx(expected, rel=1e-4)
 
 
 def test_command_stops_in_time_and_goes_on(tmp_path):

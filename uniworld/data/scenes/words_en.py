@@ -49,6 +49,7 @@ BACKGROUNDS = {
     "tiles": ("a tiled floor", "a floor of tiles"),
     "snow": ("snow", "a snowy landscape"),
     "desert": ("a desert", "the desert"),
+    "plain": ("plain white", "a white background"),
 }
 BACKGROUND_NAMES = {
     "studio": ("studio",),
@@ -69,6 +70,7 @@ BACKGROUNDS_AT = {
     "tiles": ("on a tiled floor", "on tiles"),
     "snow": ("in the snow", "in a snowy landscape"),
     "desert": ("in the desert", "in a desert"),
+    "plain": ("on plain white", "on a white background"),
 }
 BACKGROUNDS_TO = {
     "studio": ("into a studio",),

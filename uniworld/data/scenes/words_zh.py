@@ -43,6 +43,7 @@ BACKGROUNDS = {
     "tiles": ("瓷砖地面", "瓷砖地板"),
     "snow": ("雪地",),
     "desert": ("沙漠",),
+    "plain": ("纯白背景", "白色背景"),
 }
 BACKGROUND_NAMES = BACKGROUNDS
 BACKGROUNDS_AT = {
@@ -54,6 +55,7 @@ BACKGROUNDS_AT = {
     "tiles": ("在瓷砖地面上",),
     "snow": ("在雪地里", "在雪地上"),
     "desert": ("在沙漠里", "在沙漠中"),
+    "plain": ("在纯白背景上", "在白色背景上"),
 }
 BACKGROUNDS_TO = {
     "studio": ("到摄影棚里",),

@@ -7,7 +7,8 @@ from uniworld.train.parts.config import PartConfig
 
 def make_part(config: PartConfig) -> Any:
     """The part that `config.part` names, with fresh weights; a `loop.Part`."""
+    from uniworld.train.parts.semantic_encoder import Contrastive
     from uniworld.train.parts.vae import Autoencoder
     from uniworld.train.parts.vlm import VisionLanguage
 
-    return {"vae": Autoencoder, "vlm": VisionLanguage}[config.part](config)
+    return {"vae": Autoencoder, "vlm": VisionLanguage, "semantic_encoder": Contrastive}[config.part](config)

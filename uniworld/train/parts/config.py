@@ -12,7 +12,7 @@ from uniworld.config import CheckpointConfig, EMAConfig, OptimConfig, from_dict,
 class PartConfig:
     """A training run of one part, on one device."""
 
-    part: Literal["vae", "vlm"]
+    part: Literal["vae", "vlm", "semantic_encoder"]
     """What is trained; each part stands in a module of its name beside this one."""
     run_dir: str
     """Checkpoints, metrics and the part's weights go here."""

@@ -37,7 +37,7 @@ class Part(Protocol):
         """A batch of the items of `seeds`: tensors in dicts, lists or tuples. Runs in loader processes."""
 
     def loss(self, batch: Any, generator: torch.Generator) -> tuple[Tensor, dict[str, float | Tensor]]:
-        """The loss of a batch, and what else to log."""
+        """The loss of a batch, which is as `make` gave it, on the CPU; and what else to log."""
 
     def score(self) -> dict[str, float]:
         """How good the part is, on held-out items."""
@@ -120,14 +120,13 @@ class PartTrainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         generator = torch.Generator().manual_seed(config.seed * 2**32 + self.step)
-        batch = _moved(batch, self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=config.dtype == "bf16"):
             loss, more = self.part.loss(batch, generator)
         loss.backward()
         limit = config.optim.clip_norm or float("inf")
         norm = float(nn.utils.clip_grad_norm_(self.parameters, limit))
         if not norm < float("inf"):
-            raise ValueError(f"step {self.step}: loss {float(loss):g}, its gradient is not finite; lower optim.lr")
+            raise ValueError(f"step {self.step}: loss {float(loss.detach()):g}, its gradient is not finite; lower optim.lr")
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         ema_update(self.average, self.parameters, decay_at(self.step, config.ema))
@@ -202,13 +201,3 @@ class _Steps(Dataset):
 
     def __getitem__(self, step: int) -> Any:
         return self.make(range(step * self.batch_size, (step + 1) * self.batch_size))
-
-
-def _moved(batch: Any, device: torch.device) -> Any:
-    if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
-    if isinstance(batch, dict):
-        return {name: _moved(value, device) for name, value in batch.items()}
-    if isinstance(batch, list | tuple):
-        return type(batch)(_moved(value, device) for value in batch)
-    return batch

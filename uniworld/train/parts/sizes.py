@@ -21,6 +21,16 @@ VISION: dict[str, Any] = tiny_configs.VISION | {
     "intermediate_size": 256,
     "out_hidden_size": HIDDEN,
 }
+SIGLIP: dict[str, Any] = tiny_configs.SIGLIP | {
+    "hidden_size": 160,
+    "image_size": SIZE_PX,
+    "intermediate_size": 480,
+    "num_attention_heads": 5,
+    "num_hidden_layers": 4,
+}
+SIGLIP_PREPROCESSOR: dict[str, Any] = tiny_configs.SIGLIP_PREPROCESSOR | {
+    "size": {"height": SIZE_PX, "width": SIZE_PX},
+}
 
 
 def qwen_config(ids: dict[str, int]) -> dict[str, Any]:

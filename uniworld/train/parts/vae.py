@@ -35,12 +35,16 @@ class Autoencoder:
         self.config = config
         self.module: nn.Module = AutoencoderKL.from_config(VAE)
 
+    @property
+    def _device(self) -> torch.device:
+        return next(self.module.parameters()).device
+
     def make(self, seeds: range) -> Tensor:
         """uint8 [B, H, W, 3]: the target of each item, whose task goes round, so that maps and styles are seen too."""
         return torch.from_numpy(np.stack([picture(seed, "train", self.config.size_px) for seed in seeds]))
 
     def loss(self, batch: Tensor, generator: torch.Generator) -> tuple[Tensor, dict[str, float | Tensor]]:
-        pixels = as_pixels(batch)
+        pixels = as_pixels(batch.to(self._device))
         posterior = self.module.encode(pixels).latent_dist
         noise = torch.randn(posterior.mean.shape, generator=generator).to(pixels.device)
         decoded = self.module.decode(posterior.mean + posterior.std * noise).sample.float()
@@ -57,7 +61,7 @@ class Autoencoder:
         for start in range(0, len(seeds), SCORED_AT_ONCE):
             some = seeds[start : start + SCORED_AT_ONCE]
             levels = np.stack([picture(seed, "held-out", self.config.size_px) for seed in some])
-            pixels = as_pixels(torch.from_numpy(levels).to(next(self.module.parameters()).device))
+            pixels = as_pixels(torch.from_numpy(levels).to(self._device))
             decoded = self.module.decode(self.module.encode(pixels).latent_dist.mean).sample.clamp(-1, 1)
             for seed, squared in zip(some, (decoded - pixels).square().mean((1, 2, 3))):
                 found[TASKS[seed % len(TASKS)]].append(float(psnr(squared)))
@@ -69,7 +73,7 @@ class Autoencoder:
         """The folder `flux/vae`; scale and shift bring the latents of this world to mean 0 and deviation 1."""
         latents = []
         for start in range(0, self.config.num_checked, SCORED_AT_ONCE):
-            batch = self.make(range(start, start + SCORED_AT_ONCE)).to(next(self.module.parameters()).device)
+            batch = self.make(range(start, start + SCORED_AT_ONCE)).to(self._device)
             latents.append(self.module.encode(as_pixels(batch)).latent_dist.mean)
         values = torch.cat(latents)
         settings = VAE | {"scaling_factor": 1 / float(values.std()), "shift_factor": float(values.mean())}

@@ -117,7 +117,7 @@ class VisionLanguage:
     def _predict(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Logits [n, V] and labels [n] of the answers' tokens."""
         inputs = VLMInputs(**{name: value for name, value in batch.items() if name != "labels"})
-        labels = batch["labels"][:, 1:]
+        labels = batch["labels"][:, 1:].to(self.vlm.device)
         learned = labels != IGNORED
         states = self.vlm.states(inputs).hidden_states[:, :-1][learned]
         return self.module.lm_head(states), labels[learned]
@@ -126,7 +126,7 @@ class VisionLanguage:
         """Of each conversation, whether all its answers' tokens are right."""
         logits, labels = self._predict(batch)
         rows = (batch["labels"][:, 1:] != IGNORED).nonzero()[:, 0]
-        wrong = rows[logits.argmax(-1) != labels]
+        wrong = rows[(logits.argmax(-1) != labels).cpu()]
         return [row not in wrong.tolist() for row in range(len(batch["labels"]))]
 
 

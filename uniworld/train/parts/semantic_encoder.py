@@ -1,0 +1,159 @@
+"""The semantic encoder of `tiny`: a vision tower that learns which caption belongs to which picture.
+
+The loss is SigLIP's (Zhai et al., 2023, equation 1): every pair of picture and caption in the batch is a yes-or-no
+question. SigLIP2 adds losses on single patches, so that its states hold detail; here each patch's state must give back
+its pixels at half resolution, through one linear layer. The text tower and that layer are thrown away.
+
+Letters: B pictures, T patches of one, L tokens of a caption, D width, E width of the common space, V vocabulary.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from uniworld.checkpoint.save import ShardWriter, write_json
+from uniworld.checkpoint.tiny import STORED_DTYPE
+from uniworld.data.scenes.captions import long_caption
+from uniworld.data.scenes.tasks import Item, make_item
+from uniworld.data.scenes.wording import wording
+from uniworld.models.siglip import SemanticEncoder
+from uniworld.models.tokenizers import load_tokenizer
+from uniworld.train.parts.config import PartConfig
+from uniworld.train.parts.sizes import SIGLIP, SIGLIP_PREPROCESSOR
+from uniworld.train.parts.vae import as_pixels, psnr
+from uniworld.train.parts.words import open_tokenizers
+
+TASKS = ("t2i", "edit", "understanding")
+EMBEDDING = 128
+MAX_TOKENS = 96
+TEXT_LAYERS, TEXT_HEADS = 2, 4
+RECONSTRUCTION_WEIGHT = 2.0
+FIRST_SCALE, FIRST_BIAS = 10.0, -10.0  # SigLIP's: at first nearly every pair is a no
+SCORED_AT_ONCE = 32
+
+
+class TextTower(nn.Module):
+    """Captions to the common space: a small transformer and the mean of its states."""
+
+    def __init__(self, vocab_size: int, dim: int):
+        super().__init__()
+        self.tokens = nn.Embedding(vocab_size, dim)
+        self.places = nn.Parameter(0.02 * torch.randn(MAX_TOKENS, dim))
+        layer = nn.TransformerEncoderLayer(dim, TEXT_HEADS, 2 * dim, dropout=0.0, batch_first=True, norm_first=True)
+        self.layers = nn.TransformerEncoder(layer, TEXT_LAYERS, enable_nested_tensor=False)
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """ids, mask [B, L] -> [B, D]."""
+        states = self.layers(self.tokens(ids) + self.places[: ids.shape[1]], src_key_padding_mask=~mask)
+        weights = mask[..., None].to(states.dtype)
+        return (states * weights).sum(1) / weights.sum(1)
+
+
+class TwoTowers(nn.Module):
+    """Vision tower, text tower, and what brings both together."""
+
+    def __init__(self, vocab_size: int):
+        super().__init__()
+        dim, patch = SIGLIP["hidden_size"], SIGLIP["patch_size"]
+        self.vision = SemanticEncoder.from_config(SIGLIP, SIGLIP_PREPROCESSOR).model.requires_grad_(True)
+        self.text = TextTower(vocab_size, EMBEDDING)
+        self.attend = nn.Linear(dim, 1)
+        self.project = nn.Linear(dim, EMBEDDING)
+        self.pixels = nn.Linear(dim, 3 * (patch // 2) ** 2)
+        self.log_scale = nn.Parameter(torch.tensor(FIRST_SCALE).log())
+        self.bias = nn.Parameter(torch.tensor(FIRST_BIAS))
+
+    def embed_pictures(self, states: Tensor) -> Tensor:
+        """[B, T, D] -> [B, E] of length 1: a weighted mean of the patches."""
+        weights = self.attend(states).softmax(1)
+        return F.normalize(self.project((weights * states).sum(1)), dim=-1)
+
+    def embed_captions(self, ids: Tensor, mask: Tensor) -> Tensor:
+        return F.normalize(self.text(ids, mask), dim=-1)
+
+
+class Contrastive:
+    """The part `semantic_encoder`: SigLIP's vision tower in the sizes of `sizes.SIGLIP`."""
+
+    def __init__(self, config: PartConfig):
+        if config.size_px != SIGLIP["image_size"]:
+            raise ValueError(f"size_px={config.size_px}: must be {SIGLIP['image_size']}, which the tower sees")
+        torch.manual_seed(config.seed)
+        self.config = config
+        self.tokenizer = load_tokenizer(open_tokenizers(config.words), "Qwen2Tokenizer")
+        self.module: nn.Module = TwoTowers(len(self.tokenizer))
+
+    def make(self, seeds: range) -> dict[str, Any]:
+        """levels uint8 [B, H, W, 3]; ids and mask [B, L] of a caption of each picture."""
+        return self._batch(seeds, "train")
+
+    def loss(self, batch: dict[str, Any], generator: torch.Generator) -> tuple[Tensor, dict[str, float | Tensor]]:
+        module = self.module
+        batch = {name: tensor.to(module.bias.device) for name, tensor in batch.items()}
+        pixels = as_pixels(batch["levels"])
+        states = module.vision(pixels).last_hidden_state
+        logits = self._logits(states, batch)
+        same = 2 * torch.eye(len(logits), device=logits.device) - 1
+        contrastive = -F.logsigmoid(same * logits).sum() / len(logits)
+        squared = (module.pixels(states) - patches(pixels)).square().mean()
+        found = (logits.argmax(1) == torch.arange(len(logits), device=logits.device)).float().mean()
+        more = {"contrastive": contrastive.detach(), "psnr_db": psnr(squared.detach()), "found": found}
+        return contrastive + RECONSTRUCTION_WEIGHT * squared, more
+
+    @torch.no_grad()
+    def score(self) -> dict[str, float]:
+        """Of 32 held-out captions, how often a picture's own is the nearest; PSNR of the patches' pixels."""
+        found, squares = [], []
+        for start in range(0, self.config.num_checked, SCORED_AT_ONCE):
+            batch = self._batch(range(start, start + SCORED_AT_ONCE), "held-out")
+            batch = {name: tensor.to(self.module.bias.device) for name, tensor in batch.items()}
+            pixels = as_pixels(batch["levels"])
+            states = self.module.vision(pixels).last_hidden_state
+            nearest = self._logits(states, batch).argmax(1).cpu()
+            found.append((nearest == torch.arange(SCORED_AT_ONCE)).float().mean())
+            squares.append((self.module.pixels(states) - patches(pixels)).square().mean())
+        return {"found": float(torch.stack(found).mean()), "psnr_db": float(psnr(torch.stack(squares).mean()))}
+
+    def export(self, folder: Path) -> None:
+        """The folder `siglip`."""
+        writer = ShardWriter(folder)
+        for name, parameter in self.module.vision.named_parameters():
+            key = name if name.startswith("vision_model.") else f"vision_model.{name}"
+            writer.add(key, parameter.detach().to(STORED_DTYPE))
+        writer.finish()
+        write_json(folder / "config.json", SIGLIP)
+        write_json(folder / "preprocessor_config.json", SIGLIP_PREPROCESSOR)
+
+    def _batch(self, seeds: range, split: str) -> dict[str, Any]:
+        items = [make_item(TASKS[s % len(TASKS)], s, split, size_px=self.config.size_px) for s in seeds]
+        tokens = self.tokenizer(
+            [caption(item) for item in items],
+            add_special_tokens=False,
+            padding=True,
+            truncation=True,
+            max_length=MAX_TOKENS,
+            return_tensors="pt",
+        )
+        levels = torch.from_numpy(np.stack([item.pictures[-1] for item in items]))
+        return {"levels": levels, "ids": tokens.input_ids, "mask": tokens.attention_mask.bool()}
+
+    def _logits(self, states: Tensor, batch: dict[str, Any]) -> Tensor:
+        """[B, B]: row a picture, column a caption."""
+        module = self.module
+        similarity = module.embed_pictures(states) @ module.embed_captions(batch["ids"], batch["mask"]).T
+        return (module.log_scale.exp() * similarity + module.bias).float()
+
+
+def caption(item: Item) -> str:
+    """What is in the last picture of an item, in its language."""
+    return long_caption(item.scenes[-1], wording(item.language, np.random.default_rng(item.seed)))
+
+
+def patches(pixels: Tensor) -> Tensor:
+    """[B, 3, H, W] -> [B, T, 3 (patch / 2)^2], at half resolution."""
+    side = SIGLIP["patch_size"] // 2
+    return F.unfold(F.avg_pool2d(pixels, 2), side, stride=side).transpose(1, 2)
