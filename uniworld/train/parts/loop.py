@@ -126,7 +126,8 @@ class PartTrainer:
         limit = config.optim.clip_norm or float("inf")
         norm = float(nn.utils.clip_grad_norm_(self.parameters, limit))
         if not norm < float("inf"):
-            raise ValueError(f"step {self.step}: loss {float(loss.detach()):g}, its gradient is not finite; lower optim.lr")
+            value = float(loss.detach())
+            raise ValueError(f"step {self.step}: loss {value:g}, its gradient is not finite; lower optim.lr")
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         ema_update(self.average, self.parameters, decay_at(self.step, config.ema))
