@@ -401,5 +401,6 @@ def test_training_from_a_cache_has_the_losses_of_live_training(data, tmp_path):
         )
         assert done.returncode == 0, done.stderr
         records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        losses.append([(r["step"], r["loss"], r["grad_norm"]) for r in records])
-    assert len(losses[0]) == 4 and losses[0] == losses[1]
+        losses.append([r[key] for r in records for key in ("step", "loss", "grad_norm")])
+    # Batches are encoded together live and one by one in the cache, which rounds otherwise on some CPUs.
+    assert len(losses[0]) == 12 and losses[1] == pytest.approx(losses[0], rel=1e-5)

@@ -30,7 +30,7 @@ from uniworld.train.metrics import read_metrics
 from uniworld.train.parts import loop, make_part, semantic_encoder, vlm
 from uniworld.train.parts import words as parts_words
 from uniworld.train.parts.config import PartConfig, load_part_config
-from uniworld.train.parts.vae import picture, psnr
+from uniworld.train.parts.vae import picture
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -145,7 +145,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
 
 
 def test_the_autoencoder_learns_and_its_latents_have_unit_size(tmp_path):
-    """A few seconds at 64 pixels; a fresh one gives 10.5 dB, this one gave 16.2 dB."""
+    """A few seconds at 64 pixels."""
     config = load_part_config(
         ROOT / "configs" / "tiny" / "vae.yaml",
         [f"run_dir={tmp_path}", "num_steps=40", "size_px=64", "batch_size=4", "num_checked=16", "num_workers=0"]
@@ -154,14 +154,16 @@ def test_the_autoencoder_learns_and_its_latents_have_unit_size(tmp_path):
     fresh = make_part(config).score()["psnr_db"]
     trainer, _ = train(config, make_part(config))
     scores, folder = trainer.finish()
-    assert fresh < 11.5 and scores["psnr_db"] > 14.5, (fresh, scores)
+    assert fresh < 11.5 and scores["psnr_db"] > fresh + 2.5, (fresh, scores)
     vae = ImageAutoencoder.from_config(json.loads((folder / "config.json").read_text()))
     vae.model.load_state_dict(load_file(folder / "diffusion_pytorch_model.safetensors"), strict=True)
     pixels = torch.cat([to_pixels(Image.fromarray(picture(seed, "train", 64))) for seed in range(16)])
     latents = vae.mean_latents(pixels)
     assert float(latents.mean()) == pytest.approx(0, abs=0.2) and float(latents.std()) == pytest.approx(1, abs=0.2)
-    decoded = vae.decode(latents)
-    assert float(psnr((decoded - pixels).square().mean())) > 13.5
+    with torch.no_grad():
+        module = trainer.part.module
+        expected = module.decode(module.encode(pixels).latent_dist.mean).sample
+    assert float((vae.decode(latents) - expected).norm() / expected.norm()) < 0.05  # stored in bf16
 
 
 @pytest.fixture(scope="module")
