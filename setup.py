@@ -97,7 +97,7 @@ def core_extension():
     )
 
 
-ROOMS = ("kernels", "models", "checkpoint", "engine", "data", "data.scenes", "train", "train.parts")
+ROOMS = ("kernels", "models", "checkpoint", "engine", "data", "data.scenes", "eval", "train", "train.parts")
 
 setup(
     packages=["uniworld", *(f"uniworld.{room}" for room in ROOMS)],

@@ -31,6 +31,8 @@ FLOORS = {
     "uniworld.cli_train_part": 5,
     "uniworld.cli_training": 5,
     "uniworld.cli_check_data": 5,
+    "uniworld.cli_eval": 5,
+    "uniworld.cli_measure": 5,
     "uniworld.cli_export": 5,
     "uniworld.cli_make_data": 5,
     "uniworld.cli_precompute": 5,

@@ -1,0 +1,187 @@
+"""The reader: from a picture to the scene that it shows, by drawing scenes until one is like it.
+
+It starts from the empty backdrop most like the picture, then adds one thing after the other: outlines are laid over
+the pixels that are not explained yet, the best are drawn with shadow and light, and the one that explains most is
+fitted in place, turn, size and surface. A thing counts if it explains enough of the picture, and most of where it is.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+
+import numpy as np
+
+from uniworld.data.scenes.graph import COLOURS, LIGHTS, MATERIALS, POSES, SHAPES, SIZES, Scene, Thing
+from uniworld.data.scenes.render import render
+from uniworld.eval import scenes_search
+from uniworld.eval.scenes_compare import MOST, difference, fitted, lab
+
+SIZE_PX, FIT_PX = 128, 64
+MAX_THINGS = 8
+NUM_CANDIDATES = 30
+SHAPES_FITTED = 4  # the best candidates of so many shapes are fitted before one is chosen
+MIN_GAIN = 160.0  # colour difference explained, summed over FIT_PX pixels: about that of the smallest thing half hidden
+MAX_UNEXPLAINED = 14.0  # mean colour difference left where the thing is
+ROUNDS = 2  # of fitting everything again
+EXCELLENT = 1.5  # mean colour difference of a thing that is left as it is
+GOOD = 4.0  # mean colour difference of a thing that needs no second look
+STEPS = ((0.12, 0.12, 20.0), (0.06, 0.06, 10.0), (0.03, 0.03, 5.0))  # of x, z and yaw, coarse to fine
+
+
+@dataclass(frozen=True)
+class FoundScene:
+    """What was found in a picture.
+
+    scene: the things, backdrop and light. errors: of each thing, the mean colour difference where it is. error: of the
+    whole picture.
+    """
+
+    scene: Scene
+    errors: tuple[float, ...]
+    error: float
+
+
+def read_scene(picture: np.ndarray) -> FoundScene:
+    """The scene that a picture shows, uint8 [H, W, 3] of any size, in the style of a photo."""
+    picture = fitted(picture, SIZE_PX)
+    backdrops = scenes_search.best_backdrops(picture)
+    if not backdrops:
+        return FoundScene(Scene(things=()), (), MOST)
+    fits = [_Fit(picture, scene) for scene in backdrops]
+    for fit in fits:
+        fit.add()  # what the first thing looks like tells where the light comes from
+    fit = min(fits, key=lambda fit: fit.error)
+    fit.add_all()
+    for _ in range(ROUNDS):
+        fit.polish()
+        if not fit.replace_poor():
+            break
+    return fit.found()
+
+
+class _Fit:
+    """A picture and the scene found so far."""
+
+    def __init__(self, picture: np.ndarray, scene: Scene):
+        self.picture, self.scene = picture, scene
+        self.seen = lab(fitted(picture, FIT_PX))
+        self.error = self.error_of(scene)
+
+    def error_of(self, scene: Scene) -> float:
+        """Colour difference to the picture, summed over FIT_PX pixels."""
+        return float(difference(self.seen, lab(render(scene, FIT_PX).image)).sum())
+
+    def add_all(self) -> None:
+        while len(self.scene.things) < MAX_THINGS and self.add():
+            pass
+
+    def add(self) -> bool:
+        """Add the thing that explains most; False where none explains enough."""
+        drawn = render(self.scene, SIZE_PX).image
+        tried = []
+        for thing in scenes_search.candidates(self.picture, drawn, NUM_CANDIDATES):
+            tried.append((self.error_of(self.scene.plus(thing)), thing))
+        best = {}
+        for error, thing in sorted(tried, key=lambda pair: pair[0]):
+            best.setdefault(thing.shape, (error, thing))
+        index = len(self.scene.things)
+        fitted_ones = [self.fit(self.scene.plus(thing), index) for _, thing in list(best.values())[:SHAPES_FITTED]]
+        if not fitted_ones:
+            return False
+        error, scene = self._relight(*min(fitted_ones, key=lambda pair: pair[0]))
+        if self.error - error < MIN_GAIN:
+            return False
+        self.error, self.scene = error, scene
+        return True
+
+    def _relight(self, error: float, scene: Scene) -> tuple[float, Scene]:
+        """The backdrop shows the light by its colour only; things show where it comes from."""
+        lit = [dataclasses.replace(scene, light=light) for light in LIGHTS]
+        return min([(error, scene), *((self.error_of(other), other) for other in lit)], key=lambda pair: pair[0])
+
+    def fit(self, scene: Scene, index: int) -> tuple[float, Scene]:
+        """One thing of a scene fitted to the picture: surface, size, place and turn."""
+        best = self.error_of(scene), scene
+        for step in STEPS:
+            best = self._choose(*best, index, "material", MATERIALS)
+            best = self._walk(*best, index, step)
+            best = self._choose(*best, index, "size", SIZES)
+            if scene.things[index].shape == "doll":
+                best = self._choose(*best, index, "pose", tuple(POSES.values()))
+        return self._choose(*best, index, "colour", tuple(COLOURS))
+
+    def _choose(self, error: float, scene: Scene, index: int, field: str, values) -> tuple[float, Scene]:
+        for value in values:
+            if value != getattr(scene.things[index], field):
+                changed = scene.with_thing(index, **{field: value})
+                if (now := self.error_of(changed)) < error:
+                    error, scene = now, changed
+        return error, scene
+
+    def _walk(self, error: float, scene: Scene, index: int, step: tuple[float, float, float]) -> tuple[float, Scene]:
+        limits = {"x": (-1.0, 1.0), "z": (0.0, 1.0), "yaw": (-45.0, 45.0)}
+        for (field, (low, high)), width in zip(limits.items(), step):
+            if field == "yaw" and scene.things[index].shape in ("ball", "cylinder", "cone"):
+                continue
+            for way in (width, -width):
+                moved = False
+                for _ in range(4):
+                    value = getattr(scene.things[index], field) + way
+                    if not low <= value <= high:
+                        break
+                    changed = scene.with_thing(index, **{field: value})
+                    now = self.error_of(changed)
+                    if now >= error:
+                        break
+                    error, scene, moved = now, changed, True
+                if moved:
+                    break
+        return error, scene
+
+    def polish(self) -> None:
+        """Fit every thing again beside the others, and drop what explains nothing any more."""
+        for index, error in enumerate(self._errors(self.scene)):
+            if error < EXCELLENT:
+                continue
+            for shape in SHAPES:
+                thing = self.scene.things[index]
+                if shape != thing.shape:
+                    pose = POSES["standing"] if shape == "doll" else ()
+                    changed = self.scene.with_thing(index, shape=shape, pose=pose)
+                    if self.error_of(changed) < 1.15 * self.error + 60:
+                        error, changed = self.fit(changed, index)
+                        if error < self.error:
+                            self.error, self.scene = error, changed
+            self.error, self.scene = self.fit(self.scene, index)
+
+    def replace_poor(self) -> bool:
+        """Take away the things that are not much like the picture, and look again what may be there."""
+        errors = self._errors(self.scene)
+        if max(errors, default=0) <= GOOD:
+            return False
+        before = self.error, self.scene
+        kept = tuple(thing for thing, error in zip(self.scene.things, errors) if error <= GOOD)
+        self.scene = dataclasses.replace(self.scene, things=kept)
+        self.error = self.error_of(self.scene)
+        self.add_all()
+        if self.error < before[0]:
+            return True
+        self.error, self.scene = before
+        return False
+
+    def _errors(self, scene: Scene) -> list[float]:
+        """The mean colour difference where each thing is; infinite for one that does not show."""
+        drawn = render(scene, FIT_PX)
+        unlike = difference(self.seen, lab(drawn.image))
+        where = [drawn.ids == index + 1 for index in range(len(scene.things))]
+        return [float(unlike[there].mean()) if there.any() else np.inf for there in where]
+
+    def found(self) -> FoundScene:
+        """The scene without things that are not really there."""
+        kept, errors = [], []
+        for index, error in enumerate(self._errors(self.scene)):
+            gain = self.error_of(self.scene.without_thing(index)) - self.error
+            if error <= MAX_UNEXPLAINED and gain >= MIN_GAIN:
+                kept.append(self.scene.things[index])
+                errors.append(error)
+        scene = dataclasses.replace(self.scene, things=tuple(kept))
+        return FoundScene(scene, tuple(errors), self.error / FIT_PX**2)
