@@ -10,16 +10,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from uniworld.data.scenes.graph import COLOURS, LIGHTS, MATERIALS, POSES, SHAPES, SIZES, Scene, Thing
+from uniworld.data.scenes.graph import COLOURS, LIGHTS, MATERIALS, POSES, SHAPES, SIZES, Scene, gap
 from uniworld.data.scenes.render import render
 from uniworld.eval import scenes_search
 from uniworld.eval.scenes_compare import MOST, difference, fitted, lab
 
 SIZE_PX, FIT_PX = 128, 64
 MAX_THINGS = 8
-NUM_CANDIDATES = 30
+NUM_CANDIDATES = 40
 SHAPES_FITTED = 4  # the best candidates of so many shapes are fitted before one is chosen
-MIN_GAIN = 160.0  # colour difference explained, summed over FIT_PX pixels: about that of the smallest thing half hidden
+# Colour difference that a thing must explain, summed over FIT_PX pixels: so much, or less where it leaves little.
+MIN_GAIN, LEAST_GAIN, LEAST_SHARE = 160.0, 50.0, 0.45
+MAX_OVERLAP = 0.12  # of footprints, world units
 MAX_UNEXPLAINED = 14.0  # mean colour difference left where the thing is
 ROUNDS = 2  # of fitting everything again
 EXCELLENT = 1.5  # mean colour difference of a thing that is left as it is
@@ -79,6 +81,8 @@ class _Fit:
         drawn = render(self.scene, SIZE_PX).image
         tried = []
         for thing in scenes_search.candidates(self.picture, drawn, NUM_CANDIDATES):
+            if any(gap(thing, other) < -MAX_OVERLAP for other in self.scene.things):
+                continue
             tried.append((self.error_of(self.scene.plus(thing)), thing))
         best = {}
         for error, thing in sorted(tried, key=lambda pair: pair[0]):
@@ -88,10 +92,18 @@ class _Fit:
         if not fitted_ones:
             return False
         error, scene = self._relight(*min(fitted_ones, key=lambda pair: pair[0]))
-        if self.error - error < MIN_GAIN:
+        if not self._explains(scene, index):
             return False
         self.error, self.scene = error, scene
         return True
+
+    def _explains(self, scene: Scene, index: int) -> bool:
+        """Whether a thing makes a scene enough like the picture to be really there."""
+        drawn, without = render(scene, FIT_PX), render(scene.without_thing(index), FIT_PX)
+        left, gained = difference(self.seen, lab(drawn.image)), difference(self.seen, lab(without.image))
+        gain, there = float(gained.sum() - left.sum()), drawn.ids == index + 1
+        little_left = left[there].sum() <= LEAST_SHARE * gained[there].sum()
+        return bool(gain >= MIN_GAIN or (gain >= LEAST_GAIN and there.any() and little_left))
 
     def _relight(self, error: float, scene: Scene) -> tuple[float, Scene]:
         """The backdrop shows the light by its colour only; things show where it comes from."""
@@ -179,8 +191,7 @@ class _Fit:
         """The scene without things that are not really there."""
         kept, errors = [], []
         for index, error in enumerate(self._errors(self.scene)):
-            gain = self.error_of(self.scene.without_thing(index)) - self.error
-            if error <= MAX_UNEXPLAINED and gain >= MIN_GAIN:
+            if error <= MAX_UNEXPLAINED and self._explains(self.scene, index):
                 kept.append(self.scene.things[index])
                 errors.append(error)
         scene = dataclasses.replace(self.scene, things=tuple(kept))

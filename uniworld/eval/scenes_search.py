@@ -110,11 +110,11 @@ def candidates(picture: np.ndarray, drawn: np.ndarray, number: int) -> list[Thin
 
 def _unexplained(picture: np.ndarray, drawn: np.ndarray) -> np.ndarray:
     """From 0 to 1, how unlike what was drawn each pixel is; less where it may be that in a shadow."""
-    unlike = np.clip((difference(lab(picture), lab(drawn)) - 6) / 10, 0, 1)
+    unlike = np.clip((difference(lab(picture), lab(drawn)) - 3) / 8, 0, 1)
     ratio = (solids.linear(picture) + 0.01) / (solids.linear(drawn) + 0.01)
     mean = ratio.mean(-1)
     shade = (mean > SHADE[0]) & (mean < SHADE[1]) & (np.ptp(ratio, axis=-1) < TINT)
-    return (unlike * np.where(shade, 0.4, 1)).astype(np.float32)
+    return (unlike * np.where(shade, 0.5, 1)).astype(np.float32)
 
 
 def _colour_likelihoods(picture: np.ndarray) -> np.ndarray:
