@@ -26,7 +26,10 @@ MAX_UNEXPLAINED = 14.0  # mean colour difference left where the thing is
 ROUNDS = 2  # of fitting everything again
 EXCELLENT = 1.5  # mean colour difference of a thing that is left as it is
 GOOD = 4.0  # mean colour difference of a thing that needs no second look
+ROUND = ("ball", "cylinder", "cone")
+TURNS = (-36.0, -18.0, 0.0, 18.0, 36.0)  # degrees
 STEPS = ((0.12, 0.12, 20.0), (0.06, 0.06, 10.0), (0.03, 0.03, 5.0))  # of x, z and yaw, coarse to fine
+LAST_STEPS = ((0.015, 0.015, 3.0), (0.008, 0.008, 2.0))
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,7 @@ def read_scene(picture: np.ndarray) -> FoundScene:
         fit.polish()
         if not fit.replace_poor():
             break
+    fit.settle()
     return fit.found()
 
 
@@ -112,7 +116,7 @@ class _Fit:
 
     def fit(self, scene: Scene, index: int) -> tuple[float, Scene]:
         """One thing of a scene fitted to the picture: surface, size, place and turn."""
-        best = self.error_of(scene), scene
+        best = self._turn(scene, index)
         for step in STEPS:
             best = self._choose(*best, index, "material", MATERIALS)
             best = self._walk(*best, index, step)
@@ -120,6 +124,11 @@ class _Fit:
             if scene.things[index].shape == "doll":
                 best = self._choose(*best, index, "pose", tuple(POSES.values()))
         return self._choose(*best, index, "colour", tuple(COLOURS))
+
+    def _turn(self, scene: Scene, index: int) -> tuple[float, Scene]:
+        """The turn that fits best: small steps from a wrong one may not lead there."""
+        best = self.error_of(scene), scene
+        return best if scene.things[index].shape in ROUND else self._choose(*best, index, "yaw", TURNS)
 
     def _choose(self, error: float, scene: Scene, index: int, field: str, values) -> tuple[float, Scene]:
         for value in values:
@@ -132,7 +141,7 @@ class _Fit:
     def _walk(self, error: float, scene: Scene, index: int, step: tuple[float, float, float]) -> tuple[float, Scene]:
         limits = {"x": (-1.0, 1.0), "z": (0.0, 1.0), "yaw": (-45.0, 45.0)}
         for (field, (low, high)), width in zip(limits.items(), step):
-            if field == "yaw" and scene.things[index].shape in ("ball", "cylinder", "cone"):
+            if field == "yaw" and scene.things[index].shape in ROUND:
                 continue
             for way in (width, -width):
                 moved = False
@@ -159,11 +168,17 @@ class _Fit:
                 if shape != thing.shape:
                     pose = POSES["standing"] if shape == "doll" else ()
                     changed = self.scene.with_thing(index, shape=shape, pose=pose)
-                    if self.error_of(changed) < 1.15 * self.error + 60:
+                    if self._turn(changed, index)[0] < 1.15 * self.error + 60:
                         error, changed = self.fit(changed, index)
                         if error < self.error:
                             self.error, self.scene = error, changed
             self.error, self.scene = self.fit(self.scene, index)
+
+    def settle(self) -> None:
+        """The last small steps of every thing: relations hang on them."""
+        for index in range(len(self.scene.things)):
+            for step in LAST_STEPS:
+                self.error, self.scene = self._walk(self.error, self.scene, index, step)
 
     def replace_poor(self) -> bool:
         """Take away the things that are not much like the picture, and look again what may be there."""

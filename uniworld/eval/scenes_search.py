@@ -30,7 +30,7 @@ COARSE_PX = 48  # of outlines
 BACKDROP_PX = 32
 CELLS = 32  # of each channel, in the table of colours
 X_PLACES, Z_PLACES = np.linspace(-1, 1, 19), np.linspace(0, 1, 9)
-TURNS = {"cube": (0.0, 22.0, 44.0), "pyramid": (0.0, 22.0, 44.0), "torus": (-28.0, 0.0, 28.0)}  # degrees; others: 0
+TURNS = {"cube": (0.0, 44.0), "pyramid": (0.0, 44.0), "torus": (-28.0, 0.0, 28.0)}  # degrees; others: 0
 SHADE = 0.3, 1.02  # of a shadow's brightness, as a share of what lies in it
 TINT = 0.08  # how far the channels of a shadow may part
 
