@@ -9,6 +9,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from uniworld import cli_training
+from uniworld.cli_measure import eval_app
 from uniworld.cli_options import (
     OUTPUT_PANEL,
     DrawOptions,
@@ -188,6 +189,7 @@ def convert(
 
 for command in cli_training.COMMANDS:
     app.command()(command)
+app.add_typer(eval_app, name="eval")
 
 
 @app.command()

@@ -39,20 +39,21 @@ from uniworld.eval.scenes_compare import difference, fitted, lab, psnr
 CLEARLY = 0.6  # of the distance to what was before, at most so much may be left to what was asked
 VISIBLE = 3.0  # colour difference between two drawn scenes from which on a pixel tells them apart
 STAYED_DB = 20.0  # PSNR outside the edited region, at least
-STAYED_DIFFERENCE = 12.0  # mean colour difference of a thing that was to stay, at most
+STAYED_DIFFERENCE = 12.0  # mean colour difference where a thing is, at most
 FEWEST_PIXELS = 12  # of a thing that is judged
 SMALLEST_REST = 0.02  # of the picture, outside the edited region, for a PSNR
 MOVED = 0.2  # of floor x or z, in the direction asked for
 COARSE_PX = 64  # of pictures in the search for a place
 X_PLACES, Z_PLACES = np.linspace(-1, 1, 17), np.linspace(0, 1, 9)
+TURNS = (-36.0, -18.0, 0.0, 18.0, 36.0)  # degrees
 WHOLE = ("background", "light", "style")
 
 
 @dataclass(frozen=True, kw_only=True)
 class EditVerdict:
-    """changed: all that was asked happened. stayed: all else is as before. psnr_db: outside the edited region, None
-    where everything is edited. read: the scene that the picture is most like, of the alternatives. reasons: what is
-    wrong, in words."""
+    """changed: all that was asked happened. stayed: all else is as before, and every thing looks like one of this world.
+    psnr_db: outside the edited region, None where everything is edited. read: the scene that the picture is most like,
+    of the alternatives. reasons: what is wrong, in words."""
 
     changed: bool
     stayed: bool
@@ -71,7 +72,7 @@ def judge_edit(edit: Edit, picture: np.ndarray, size_px: int = 128) -> EditVerdi
     read, reasons = edit.after, []
     for change in edit.changes:
         found, right = _read(edit, change, view)
-        read = _merged(read, found, change)
+        read = found if len(edit.changes) == 1 else _merged(read, found, change)
         if not right:
             reasons.append(f"{change.kind}: shows {_told(found, change)}")
         elif not view.clearly(found, undone(edit, change)):
@@ -83,8 +84,8 @@ def judge_edit(edit: Edit, picture: np.ndarray, size_px: int = 128) -> EditVerdi
         decibels = psnr(view.picture, before, rest)
         if decibels < STAYED_DB:
             reasons.append(f"the rest: {decibels:.1f} dB")
-    lost = list(_lost(edit, read, view))
-    reasons += [f"the {read.things[i].colour} {read.things[i].shape} did not stay" for i in lost]
+    lost = list(_lost(read, view))
+    reasons += [f"the {read.things[i].colour} {read.things[i].shape} is not as it should be" for i in lost]
     stayed = not lost and (decibels is None or decibels >= STAYED_DB)
     return EditVerdict(changed=changed, stayed=stayed, psnr_db=decibels, read=read, reasons=tuple(reasons))
 
@@ -122,9 +123,7 @@ class _View:
         return min(scenes, key=lambda scene: float(self.unlike(scene).sum()))
 
     def nearest_coarse(self, scenes: Iterable[Scene]) -> Scene:
-        return min(
-            scenes, key=lambda scene: float(difference(self.coarse, lab(render(scene, COARSE_PX).image)).sum())
-        )
+        return min(scenes, key=lambda scene: float(difference(self.coarse, lab(render(scene, COARSE_PX).image)).sum()))
 
     def clearly(self, scene: Scene, other: Scene) -> bool:
         """Whether the picture is clearly nearer to the one than to the other, where these two differ."""
@@ -140,6 +139,10 @@ def _read(edit: Edit, change: Change, view: _View) -> tuple[Scene, bool]:
     found = view.nearest([asked, before, *ALTERNATIVES[change.kind](edit, change)])
     if change.kind == "background":  # of whatever texture
         return found, found.background == change.value
+    if change.kind == "replace" and found != before:  # turned as it likes
+        found, index = view.nearest([found, *_turned(found, change.after)]), change.after
+        right = (found.things[index].shape, found.things[index].colour)
+        return found, right == (asked.things[index].shape, asked.things[index].colour)
     return found, found == asked
 
 
@@ -224,6 +227,7 @@ def _read_place(edit: Edit, change: Change, view: _View) -> tuple[Scene, bool]:
             found.with_thing(index, **{field: v}, **plain) for v in values if v != getattr(found.things[index], field)
         ]
         found = view.nearest([found, *others])
+    found = view.nearest([found, *_turned(found, index)])
     found = view.nearest([found, before, asked])
     return found, found != before and _is_as_said(found.things[index], thing) and _is_placed(found, change, None)
 
@@ -264,20 +268,25 @@ def _shifted(scene: Scene, index: int, step: float) -> Iterator[Scene]:
             yield scene.with_thing(index, x=x, z=z)
 
 
-def _lost(edit: Edit, read: Scene, view: _View) -> Iterator[int]:
-    """Things that were to stay and are not like they were, by their index after the edit."""
+def _turned(scene: Scene, index: int) -> Iterator[Scene]:
+    for yaw in TURNS:
+        yield scene.with_thing(index, yaw=yaw)
+
+
+def _lost(read: Scene, view: _View) -> Iterator[int]:
+    """Things that do not look as they were read, whether they were to stay or to change."""
     shown, unlike = render(read, view.size_px), view.unlike(read)
-    for _, index in edit.kept:
+    for index in range(len(read.things)):
         there = shown.ids == index + 1
         if there.sum() >= FEWEST_PIXELS and unlike[there].mean() > STAYED_DIFFERENCE:
             yield index
 
 
 def _merged(scene: Scene, found: Scene, change: Change) -> Scene:
-    """What was read of this change, put into the scene after the edit."""
+    """What was read of one of several changes, put into the scene after the edit."""
     if change.kind == "background":
         return dataclasses.replace(scene, background=found.background, seed=found.seed)
-    if change.kind in ("add", "move", "move_by") and len(found.things) == len(scene.things):
+    if change.after is not None and len(found.things) == len(scene.things):
         return _with(scene, change.after, found.things[change.after])
     return scene
 

@@ -61,14 +61,14 @@ def _depth(rendered: Rendered, expected: np.ndarray, picture: np.ndarray) -> tup
     true = perception.read_depth(expected)
     error = np.abs(perception.read_depth(picture) - true)
     relative = (error / true)[there]
-    measures = {"relative error": float(relative.mean()), "absolute error": float(error[there].mean())}
+    measures = {"abs rel": float(relative.mean()), "abs": float(error[there].mean())}
     return float((relative <= DEPTH_NEAR).mean()), measures
 
 
 def _normal(rendered: Rendered, expected: np.ndarray, picture: np.ndarray) -> tuple[float, Measures]:
     cosine = (perception.read_normal(expected) * perception.read_normal(picture)).sum(-1)
     angle = np.degrees(np.arccos(np.clip(cosine, -1, 1)))[rendered.ids > 0]
-    return float((angle <= NORMAL_NEAR_DEG).mean()), {"angle": float(angle.mean())}
+    return float((angle <= NORMAL_NEAR_DEG).mean()), {"degrees": float(angle.mean())}
 
 
 def _pose(rendered: Rendered, expected: np.ndarray, picture: np.ndarray) -> tuple[float, Measures]:
@@ -80,7 +80,7 @@ def _pose(rendered: Rendered, expected: np.ndarray, picture: np.ndarray) -> tupl
         if ((joint[:2] >= 0) & (joint[:2] < len(picture))).all()
     ]
     near = np.array(errors) <= _scaled(JOINT_NEAR_PX, len(picture))
-    return float(near.mean()), {"joint error px": float(np.mean(errors))}
+    return float(near.mean()), {"px": float(np.mean(errors))}
 
 
 def joint_error(expected: np.ndarray, picture: np.ndarray, joint: Sequence[float]) -> float:
@@ -105,19 +105,21 @@ def _around(picture: np.ndarray, x: int, y: int, half: int) -> np.ndarray:
 
 def _segment(rendered: Rendered, target: Sequence[int], picture: np.ndarray) -> tuple[float, Measures]:
     true, found = perception.mask_of(rendered, target), perception.read_mask(picture)
-    ious = [(a & b).sum() / max((a | b).sum(), 1) for a, b in ((true, found), (~true, ~found))]
-    return float(np.mean(ious)), {"miou": float(np.mean(ious)), "iou of the things": float(ious[0])}
+    iou = float((true & found).sum() / max((true | found).sum(), 1))
+    return iou, {"iou": iou}
 
 
 def _detect(rendered: Rendered, target: Sequence[int], picture: np.ndarray) -> tuple[float, Measures]:
     width = perception.frame_px(len(picture))
     boxes = [box for box in (perception.box_of(rendered, i) for i in target) if box is not None]
     last = len(picture) - 1
-    true = [(max(b[0] - width, 0), max(b[1] - width, 0), min(b[2] + width, last), min(b[3] + width, last)) for b in boxes]
+    true = [
+        (max(b[0] - width, 0), max(b[1] - width, 0), min(b[2] + width, last), min(b[3] + width, last)) for b in boxes
+    ]
     found = read_boxes(frame_mask(picture), width)
     ious = matched(true, found)
     score = 2 * sum(iou >= BOX_IOU for iou in ious) / max(len(true) + len(found), 1)
-    return float(score), {"f1": float(score), "box iou": float(np.mean(ious or [0.0]))}
+    return float(score), {"f1": float(score), "iou": float(np.mean(ious or [0.0]))}
 
 
 def frame_mask(picture: np.ndarray) -> np.ndarray:

@@ -17,8 +17,8 @@ from uniworld.eval.scenes_compare import MOST, difference, fitted, lab
 
 SIZE_PX, FIT_PX = 128, 64
 MAX_THINGS = 8
-NUM_CANDIDATES = 40
-SHAPES_FITTED = 4  # the best candidates of so many shapes are fitted before one is chosen
+# Of a search: candidates that are drawn, how many of them may be alike, shapes that are fitted, and how often each.
+QUICK, THOROUGH = (40, 3, 4, 1), (150, 8, 7, 2)
 # Colour difference that a thing must explain, summed over FIT_PX pixels: so much, or less where it leaves little.
 MIN_GAIN, LEAST_GAIN, LEAST_SHARE = 160.0, 50.0, 0.45
 MAX_OVERLAP = 0.12  # of footprints, world units
@@ -76,25 +76,26 @@ class _Fit:
         """Colour difference to the picture, summed over FIT_PX pixels."""
         return float(difference(self.seen, lab(render(scene, FIT_PX).image)).sum())
 
-    def add_all(self) -> None:
-        while len(self.scene.things) < MAX_THINGS and self.add():
+    def add_all(self, effort: tuple[int, int, int, int] = QUICK) -> None:
+        while len(self.scene.things) < MAX_THINGS and self.add(effort):
             pass
 
-    def add(self) -> bool:
+    def add(self, effort: tuple[int, int, int, int] = QUICK) -> bool:
         """Add the thing that explains most; False where none explains enough."""
+        num_candidates, alike, num_shapes, num_each = effort
         drawn = render(self.scene, SIZE_PX).image
         tried = []
-        for thing in scenes_search.candidates(self.picture, drawn, NUM_CANDIDATES):
-            if any(gap(thing, other) < -MAX_OVERLAP for other in self.scene.things):
-                continue
-            tried.append((self.error_of(self.scene.plus(thing)), thing))
-        best = {}
-        for error, thing in sorted(tried, key=lambda pair: pair[0]):
-            best.setdefault(thing.shape, (error, thing))
+        for thing in scenes_search.candidates(self.picture, drawn, num_candidates, alike):
+            if all(gap(thing, other) >= -MAX_OVERLAP for other in self.scene.things):
+                tried.append((self.error_of(self.scene.plus(thing)), thing))
+        by_shape: dict[str, list] = {}
+        for _, thing in sorted(tried, key=lambda pair: pair[0]):
+            by_shape.setdefault(thing.shape, []).append(thing)
         index = len(self.scene.things)
-        fitted_ones = [self.fit(self.scene.plus(thing), index) for _, thing in list(best.values())[:SHAPES_FITTED]]
-        if not fitted_ones:
+        starts = [thing for things in list(by_shape.values())[:num_shapes] for thing in things[:num_each]]
+        if not starts:
             return False
+        fitted_ones = [self.fit(self.scene.plus(thing), index) for thing in starts]
         error, scene = self._relight(*min(fitted_ones, key=lambda pair: pair[0]))
         if not self._explains(scene, index):
             return False
@@ -189,7 +190,7 @@ class _Fit:
         kept = tuple(thing for thing, error in zip(self.scene.things, errors) if error <= GOOD)
         self.scene = dataclasses.replace(self.scene, things=kept)
         self.error = self.error_of(self.scene)
-        self.add_all()
+        self.add_all(THOROUGH)
         if self.error < before[0]:
             return True
         self.error, self.scene = before

@@ -79,11 +79,12 @@ def _small(picture: np.ndarray) -> np.ndarray:
     return cv2.cvtColor(fitted(picture, BACKDROP_PX).astype(np.float32) / 255, cv2.COLOR_RGB2LAB).reshape(-1, 3)
 
 
-def candidates(picture: np.ndarray, drawn: np.ndarray, number: int) -> list[Thing]:
+def candidates(picture: np.ndarray, drawn: np.ndarray, number: int, alike: int) -> list[Thing]:
     """Things that may explain where a picture is unlike what was drawn so far, the likeliest first.
 
     Args:
         picture, drawn: uint8 [H, W, 3].
+        number: how many; alike: at most so many of one shape and colour.
     """
     outlines = _outlines()
     picture, drawn = fitted(picture, COARSE_PX), fitted(drawn, COARSE_PX)
@@ -100,7 +101,7 @@ def candidates(picture: np.ndarray, drawn: np.ndarray, number: int) -> list[Thin
         thing = outlines.things[index]
         colour = int(first[index]) if colour == len(COLOURS) else colour
         key = thing.shape, colour
-        if counts.get(key, 0) < 3:
+        if counts.get(key, 0) < alike:
             counts[key] = counts.get(key, 0) + 1
             found.append(dataclasses.replace(thing, colour=list(COLOURS)[colour]))
         if len(found) == number:
