@@ -51,7 +51,7 @@ WHOLE = ("background", "light", "style")
 
 @dataclass(frozen=True, kw_only=True)
 class EditVerdict:
-    """changed: all that was asked happened. stayed: all else is as before, and every thing looks like one of this world.
+    """changed: all that was asked happened. stayed: all else is as before, and all things look as they were read.
     psnr_db: outside the edited region, None where everything is edited. read: the scene that the picture is most like,
     of the alternatives. reasons: what is wrong, in words."""
 
