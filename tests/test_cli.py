@@ -17,7 +17,7 @@ from uniworld.cli_options import parse_size
 
 ROOT = Path(__file__).resolve().parent.parent
 CAT = ROOT / "examples" / "cat.jpg"
-COMMANDS = ("edit", "generate", "perceive", "chat", "convert", "check-data", "env")
+COMMANDS = ("edit", "generate", "perceive", "chat", "convert", "check-data", "env", "eval")
 SMALL = ["--steps", "2", "--size", "64x96", "--seed", "7", "--device", "cpu"]
 
 

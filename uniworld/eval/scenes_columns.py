@@ -65,12 +65,13 @@ def chosen(names: str | None) -> tuple[Column, ...]:
 
 
 def item_of(column: Column, seed: int, index: int, size_px: int) -> Item:
-    """The index-th item of a column; the same arguments give the same item."""
+    """The index-th item of a column; the same arguments give the same item. No two columns share their scenes."""
+    numbers = SUITE, seed, COLUMNS.index(column), index
     if column.group == "routing":
-        return make_item(ROUTED[index % len(ROUTED)], (SUITE, seed, index), SPLIT, size_px=size_px)
+        return make_item(ROUTED[index % len(ROUTED)], numbers, SPLIT, size_px=size_px)
     kind = f"perceive {column.kind}" if column.group == "perceive" else column.kind or None
     for attempt in itertools.count():
-        item = make_item(column.group, (SUITE, seed, index, attempt), SPLIT, kind=kind, size_px=size_px)
+        item = make_item(column.group, (*numbers, attempt), SPLIT, kind=kind, size_px=size_px)
         if _fits(column, item):
             return item
 

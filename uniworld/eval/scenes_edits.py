@@ -36,7 +36,7 @@ from uniworld.data.scenes.render import render
 from uniworld.data.scenes.sampling import in_picture
 from uniworld.eval.scenes_compare import difference, fitted, lab, psnr
 
-CLEARLY = 0.6  # of the distance to what was before, at most so much may be left to what was asked
+CLEARLY = 0.75  # of the distance to what was before, at most so much may be left to what was asked
 VISIBLE = 3.0  # colour difference between two drawn scenes from which on a pixel tells them apart
 STAYED_DB = 20.0  # PSNR outside the edited region, at least
 STAYED_DIFFERENCE = 12.0  # mean colour difference where a thing is, at most
