@@ -43,7 +43,8 @@ def test_commands_shown_are_commands(page, monkeypatch, capsys):
     shell = "\n".join(blocks(page, "bash")).replace("\\\n", " ")
     for line in re.findall(r"(?:^|/)uniworld (.+)", shell, re.MULTILINE):
         command, *words = shlex.split(line)
-        monkeypatch.setattr(sys, "argv", ["uniworld", command, "--help"])
+        group = [command, words[0]] if command == "eval" else [command]
+        monkeypatch.setattr(sys, "argv", ["uniworld", *group, "--help"])
         with pytest.raises(SystemExit) as stop:
             cli.main()
         assert stop.value.code == 0, line

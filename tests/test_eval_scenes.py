@@ -22,7 +22,7 @@ from uniworld.eval.scenes_edits import judge_edit
 from uniworld.eval.scenes_maps import box_iou, edge_f1, joint_error, matched, score_map
 from uniworld.eval.scenes_reader import read_scene
 from uniworld.eval.scenes_score import JUDGES, Verdict
-from uniworld.eval.scenes_suite import conversation
+from uniworld.eval.scenes_suite import conversation, read_picture
 
 EDIT = [column for column in COLUMNS if column.group == "edit"]
 PERCEIVE = [column for column in COLUMNS if column.group == "perceive"]
@@ -292,10 +292,10 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     drawn = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "answers").rglob("*.*")}
     assert len(drawn) == 10
     gone = tmp_path / "out" / "answers" / "edit-add" / "000001.png"
-    bytes_before = gone.read_bytes()
+    before = read_picture(gone).astype(int)
     gone.unlink()
     assert run("--num", "2", "--columns", names)[0] == 0
-    assert gone.read_bytes() == bytes_before
+    assert np.abs(read_picture(gone) - before).max() <= 2  # alone in its batch now, which may round otherwise
     assert all(path.stat().st_mtime_ns == when for path, when in drawn.items() if path != gone)
     code, _, err = run("--num", "2", "--seed", "1")
     assert code == 2

@@ -84,6 +84,8 @@ def _answer(
 def print_rows(rows: Sequence[Row]) -> None:
     """The table on stdout."""
     table = Table("", "", "items", "score", "floor", "", "", box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in table.columns[:6]:
+        column.no_wrap = True
     for column in table.columns[2:5]:
         column.justify = "right"
     last = None

@@ -9,7 +9,7 @@ from uniworld.data.scenes.perception import TASKS
 from uniworld.data.scenes.tasks import Item, make_item
 
 SPLIT = "held-out"
-SUITE = 20250  # in every item's seed, so that no item of another use of the split is the same
+SUITE = 20250  # in every item's seed, so that no other use of the split has the same; another one is another suite
 ROUTED = ("understanding", "edit", "understanding", "t2i", "understanding", "perceive", "understanding", "compose")
 
 

@@ -18,7 +18,7 @@ from PIL.PngImagePlugin import PngInfo
 from uniworld.data.scenes.make import VERSION
 from uniworld.data.scenes.tasks import Item
 from uniworld.engine import Engine, Request
-from uniworld.eval.scenes_columns import Column, item_of, question_index
+from uniworld.eval.scenes_columns import SUITE, Column, item_of, question_index
 from uniworld.models.prompts import IMAGE_MARK
 
 SETTINGS = "run.json"
@@ -35,7 +35,7 @@ class SuitePlan:
     steps: int = 28
     guidance: float = 3.5
     size_px: int = 128
-    version: int = VERSION
+    version: str = f"{VERSION}.{SUITE}"
 
 
 def open_folder(plan: SuitePlan, folder: Path) -> None:
