@@ -46,7 +46,7 @@ def test_items_are_held_out_and_the_same_again():
         again = item_of(column, 0, 3, 128)
         assert again.record() == item.record()
         assert all((a == b).all() for a, b in zip(item.pictures, again.pictures))
-        assert item_of(column, 1, 3, 128).conversations != item.conversations
+        assert item_of(column, 1, 3, 128).scenes != item.scenes
 
 
 def test_chosen_columns():
@@ -164,7 +164,7 @@ def test_maps(column):
         item = item_of(column, 5, index, 128)
         assert score_map(item.facts, item.pictures[1])[0] == pytest.approx(1, abs=1e-6)
         assert score_map(item.facts, NOISE)[0] < 0.5
-        assert score_map(item.facts, item.pictures[0])[0] < 0.5
+        assert score_map(item.facts, item.pictures[0])[0] < 0.65  # a photo has some of its map's edges
         soft = cv2.GaussianBlur(item.pictures[1], (0, 0), 0.6)
         assert score_map(item.facts, soft)[0] > 0.6
 
