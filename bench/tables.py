@@ -79,7 +79,7 @@ def timing_cells(row: Row) -> tuple[str, str, str, str]:
 
 
 def dit_step_table(rows: list[Row]) -> str:
-    header = ("model and dtype", "side", "median, s", "best, s", "of diffusers' median", "TFLOP/s", "error")
+    header = ("model, dtype and device", "side", "median, s", "best, s", "of diffusers' median", "TFLOP/s", "error")
     lines = [
         timing_cells(row)
         + (number(row, "time_of_diffusers", "{:.2f}"), number(row, "tflop_s"), number(row, "error", "{:.1e}"))
