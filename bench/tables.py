@@ -80,11 +80,12 @@ def timing_cells(row: Row) -> tuple[str, str, str, str]:
 
 def dit_step_table(rows: list[Row]) -> str:
     header = ("model, dtype and device", "side", "median, s", "best, s", "of diffusers' median", "TFLOP/s", "error")
-    lines = [
-        timing_cells(row)
-        + (number(row, "time_of_diffusers", "{:.2f}"), number(row, "tflop_s"), number(row, "error", "{:.1e}"))
-        for row in rows
-    ]
+    lines = []
+    for row in rows:
+        case, *timing = timing_cells(row)
+        device = row["device"].split(",")[0]
+        figures = number(row, "time_of_diffusers", "{:.2f}"), number(row, "tflop_s"), number(row, "error", "{:.1e}")
+        lines.append((f"{case}, {device}", *timing, *figures))
     return table(header, lines)
 
 
