@@ -17,8 +17,6 @@ from uniworld.eval.scenes_compare import MOST, difference, fitted, lab
 
 SIZE_PX, FIT_PX = 128, 64
 MAX_THINGS = 8
-# Of a search: candidates that are drawn, how many of them may be alike, shapes that are fitted, and how often each.
-QUICK, THOROUGH = (40, 3, 4, 1), (150, 8, 7, 2)
 # Colour difference that a thing must explain, summed over FIT_PX pixels: so much, or less where it leaves little.
 MIN_GAIN, LEAST_GAIN, LEAST_SHARE = 160.0, 50.0, 0.45
 MAX_OVERLAP = 0.12  # of footprints, world units
@@ -30,6 +28,21 @@ ROUND = ("ball", "cylinder", "cone")
 TURNS = (-36.0, -18.0, 0.0, 18.0, 36.0)  # degrees
 STEPS = ((0.12, 0.12, 20.0), (0.06, 0.06, 10.0), (0.03, 0.03, 5.0))  # of x, z and yaw, coarse to fine
 LAST_STEPS = ((0.015, 0.015, 3.0), (0.008, 0.008, 2.0))
+
+
+@dataclass(frozen=True)
+class Effort:
+    """Of a search: how many candidates are drawn, how many of them may be alike, how many shapes are fitted and how
+    often each, and whether it is for what hardly stands out."""
+
+    num_candidates: int
+    alike: int
+    num_shapes: int
+    num_each: int
+    faint: bool = False
+
+
+QUICK, THOROUGH, FAINT = Effort(40, 3, 4, 1), Effort(150, 8, 7, 2), Effort(60, 3, 4, 1, faint=True)
 
 
 @dataclass(frozen=True)
@@ -56,6 +69,7 @@ def read_scene(picture: np.ndarray) -> FoundScene:
         fit.add()  # what the first thing looks like tells where the light comes from
     fit = min(fits, key=lambda fit: fit.error)
     fit.add_all()
+    fit.add_all(FAINT)
     for _ in range(ROUNDS):
         fit.polish()
         if not fit.replace_poor():
@@ -76,23 +90,24 @@ class _Fit:
         """Colour difference to the picture, summed over FIT_PX pixels."""
         return float(difference(self.seen, lab(render(scene, FIT_PX).image)).sum())
 
-    def add_all(self, effort: tuple[int, int, int, int] = QUICK) -> None:
+    def add_all(self, effort: Effort = QUICK) -> None:
         while len(self.scene.things) < MAX_THINGS and self.add(effort):
             pass
 
-    def add(self, effort: tuple[int, int, int, int] = QUICK) -> bool:
+    def add(self, effort: Effort = QUICK) -> bool:
         """Add the thing that explains most; False where none explains enough."""
-        num_candidates, alike, num_shapes, num_each = effort
         drawn = render(self.scene, SIZE_PX).image
         tried = []
-        for thing in scenes_search.candidates(self.picture, drawn, num_candidates, alike):
+        for thing in scenes_search.candidates(self.picture, drawn, effort.num_candidates, effort.alike, effort.faint):
             if all(gap(thing, other) >= -MAX_OVERLAP for other in self.scene.things):
                 tried.append((self.error_of(self.scene.plus(thing)), thing))
         by_shape: dict[str, list] = {}
         for _, thing in sorted(tried, key=lambda pair: pair[0]):
             by_shape.setdefault(thing.shape, []).append(thing)
         index = len(self.scene.things)
-        starts = [thing for things in list(by_shape.values())[:num_shapes] for thing in things[:num_each]]
+        starts = [
+            thing for things in list(by_shape.values())[: effort.num_shapes] for thing in things[: effort.num_each]
+        ]
         if not starts:
             return False
         fitted_ones = [self.fit(self.scene.plus(thing), index) for thing in starts]
@@ -161,8 +176,9 @@ class _Fit:
 
     def polish(self) -> None:
         """Fit every thing again beside the others, and drop what explains nothing any more."""
+        blurred = self._everywhere()
         for index, error in enumerate(self._errors(self.scene)):
-            if error < EXCELLENT:
+            if error < EXCELLENT + blurred:
                 continue
             for shape in SHAPES:
                 thing = self.scene.things[index]
@@ -183,11 +199,11 @@ class _Fit:
 
     def replace_poor(self) -> bool:
         """Take away the things that are not much like the picture, and look again what may be there."""
-        errors = self._errors(self.scene)
-        if max(errors, default=0) <= GOOD:
+        errors, good = self._errors(self.scene), GOOD + self._everywhere()
+        if max(errors, default=0) <= good:
             return False
         before = self.error, self.scene
-        kept = tuple(thing for thing, error in zip(self.scene.things, errors) if error <= GOOD)
+        kept = tuple(thing for thing, error in zip(self.scene.things, errors) if error <= good)
         self.scene = dataclasses.replace(self.scene, things=kept)
         self.error = self.error_of(self.scene)
         self.add_all(THOROUGH)
@@ -195,6 +211,10 @@ class _Fit:
             return True
         self.error, self.scene = before
         return False
+
+    def _everywhere(self) -> float:
+        """The colour difference of the whole picture: what a model draws is not sharp, or a little off in tone."""
+        return float(np.median(difference(self.seen, lab(render(self.scene, FIT_PX).image))))
 
     def _errors(self, scene: Scene) -> list[float]:
         """The mean colour difference where each thing is; infinite for one that does not show."""

@@ -79,16 +79,17 @@ def _small(picture: np.ndarray) -> np.ndarray:
     return cv2.cvtColor(fitted(picture, BACKDROP_PX).astype(np.float32) / 255, cv2.COLOR_RGB2LAB).reshape(-1, 3)
 
 
-def candidates(picture: np.ndarray, drawn: np.ndarray, number: int, alike: int) -> list[Thing]:
+def candidates(picture: np.ndarray, drawn: np.ndarray, number: int, alike: int, faint: bool) -> list[Thing]:
     """Things that may explain where a picture is unlike what was drawn so far, the likeliest first.
 
     Args:
         picture, drawn: uint8 [H, W, 3].
         number: how many; alike: at most so many of one shape and colour.
+        faint: look for what hardly stands out, such as white on snow.
     """
     outlines = _outlines()
     picture, drawn = fitted(picture, COARSE_PX), fitted(drawn, COARSE_PX)
-    likely = _colour_likelihoods(picture) * _unexplained(picture, drawn)[..., None]
+    likely = _colour_likelihoods(picture) * _unexplained(picture, drawn, faint)[..., None]
     by_colour = outlines.weights @ likely.reshape(-1, len(COLOURS))
     # All colours together as well: the pattern of a thing may look like other colours.
     likely_any = likely.sum(-1).ravel()
@@ -109,9 +110,12 @@ def candidates(picture: np.ndarray, drawn: np.ndarray, number: int, alike: int) 
     return found
 
 
-def _unexplained(picture: np.ndarray, drawn: np.ndarray) -> np.ndarray:
+def _unexplained(picture: np.ndarray, drawn: np.ndarray, faint: bool) -> np.ndarray:
     """From 0 to 1, how unlike what was drawn each pixel is; less where it may be that in a shadow."""
-    unlike = np.clip((difference(lab(picture), lab(drawn)) - 3) / 8, 0, 1)
+    unlike = difference(lab(picture), lab(drawn))
+    if faint:
+        return np.clip((unlike - 1) / 3, 0, 1)
+    unlike = np.clip((unlike - 3) / 8, 0, 1)
     ratio = (solids.linear(picture) + 0.01) / (solids.linear(drawn) + 0.01)
     mean = ratio.mean(-1)
     shade = (mean > SHADE[0]) & (mean < SHADE[1]) & (np.ptp(ratio, axis=-1) < TINT)
