@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from uniworld.config import TrainConfig, load_config
-from uniworld.train.plan import GIB, Plan, batch_of, changes, estimate, recommend, sizes_of
+from uniworld.train.plan import GIB, Plan, changes, estimate, recommend, sizes_of
 
 EXIT_DOES_NOT_FIT = 1
 TABLE_GPUS = (1, 2, 4, 8, 16, 32, 64)
@@ -22,18 +22,17 @@ def plan(path: Path, overrides: Sequence[str], gpus: int, gpu_memory: float, tab
         print("".join(memory_table(config)), end="")
         return 0
     planned = estimate(config, gpus)
-    show(config, planned, gpu_memory)
+    show(config.stage.preset, planned, gpu_memory)
     return advise(config, planned, gpu_memory)
 
 
-def show(config: TrainConfig, planned: Plan, gpu_memory: float) -> None:
+def show(stage: str, planned: Plan, gpu_memory: float) -> None:
     """What was assumed, and a line for each part."""
-    sizes = sizes_of(config)
-    batch = batch_of(config, sizes)
+    batch = planned.batch
     console = Console(highlight=False, soft_wrap=True)
     console.print(
-        f"{config.stage.preset}, {planned.num_trained:,} of {planned.num_parameters:,} parameters trained, sizes: "
-        f"{sizes.source}\n{planned.gpus} x {gpu_memory:g} GiB, ZeRO {planned.sharding.zero_stage}, "
+        f"{stage}, {planned.num_trained:,} of {planned.num_parameters:,} parameters trained, sizes: "
+        f"{planned.sizes.source}\n{planned.gpus} x {gpu_memory:g} GiB, ZeRO {planned.sharding.zero_stage}, "
         f"{planned.sharding.dtype}, {batch.batch_size} x {batch.width_px}x{batch.height_px} px a GPU, "
         f"{batch.num_vlm + batch.num_siglip + batch.num_t5} text tokens with one reference picture",
         markup=False,
@@ -71,10 +70,11 @@ def advise(config: TrainConfig, planned: Plan, gpu_memory: float) -> int:
 
 def memory_table(config: TrainConfig) -> Iterator[str]:
     """GiB on each GPU by ZeRO stage and number of GPUs, as the lines of a Markdown table."""
+    sizes = sizes_of(config)
     yield f"| GPUs | {' | '.join(f'ZeRO {stage}' for stage in (1, 2, 3))} |\n|---:|---:|---:|---:|\n"
     for gpus in TABLE_GPUS:
         stages = (replace(config, sharding=replace(config.sharding, zero_stage=stage)) for stage in (1, 2, 3))
-        yield f"| {gpus} | {' | '.join(gib(estimate(c, gpus).total) for c in stages)} |\n"
+        yield f"| {gpus} | {' | '.join(gib(estimate(c, gpus, sizes).total) for c in stages)} |\n"
 
 
 def gib(num_bytes: float) -> str:

@@ -165,6 +165,13 @@ def clean(root: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
+def write_config(run_dir: Path, text: str) -> None:
+    """The resolved config of a run, beside its checkpoints; whole, or as it was."""
+    part = run_dir / f".{CONFIG}.part"
+    part.write_text(text, encoding="utf-8")
+    part.replace(run_dir / CONFIG)
+
+
 def write_durably(path: Path, data: bytes) -> None:
     with path.open("wb") as file:
         file.write(data)

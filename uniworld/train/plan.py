@@ -68,9 +68,11 @@ class Plan:
     """Bytes on each GPU.
 
     static: what stays, by part. passing: the largest of what comes and goes, by phase of a step. allowance: what was
-    not measured.
+    not measured. sizes, batch: what was assumed.
     """
 
+    sizes: Sizes
+    batch: BatchShape
     sharding: ShardingConfig
     gpus: int
     num_parameters: int
@@ -100,7 +102,7 @@ def estimate(config: TrainConfig, gpus: int, sizes: Sizes | None = None, batch: 
     batch = batch or batch_of(config, sizes)
     dtype = DTYPES[config.sharding.dtype]
     c, N = dtype.itemsize, gpus
-    parameters = trained_shapes(config, sizes.model)
+    parameters = _shapes(_traced(config), sizes.model)
     P = sum(numel for numel, _ in parameters)
     T = sum(numel for numel, trained in parameters if trained)
     if T == 0:
@@ -132,6 +134,8 @@ def estimate(config: TrainConfig, gpus: int, sizes: Sizes | None = None, batch: 
         "fragmentation": int(FRAGMENTATION * max(passing.values())),
     }
     return Plan(
+        sizes=sizes,
+        batch=batch,
         sharding=config.sharding,
         gpus=gpus,
         num_parameters=P,
@@ -147,8 +151,9 @@ def recommend(config: TrainConfig, gpus: int, gpu_bytes: float) -> tuple[Plan, T
 
     Returns: the plan and the config it is for.
     """
+    sizes = sizes_of(config)
     for candidate in candidates(config, gpus):
-        plan = estimate(candidate, gpus)
+        plan = estimate(candidate, gpus, sizes)
         if plan.total <= gpu_bytes:
             return plan, candidate
     return None
@@ -273,7 +278,7 @@ def _encoding_bytes(config: TrainConfig, sizes: Sizes, batch: BatchShape) -> int
     if config.data.precomputed is not None:
         return 0
     dtype = DTYPES[config.sharding.dtype]
-    return trace_encoding(sizes.vae_channels, sizes.vae_groups, sizes.vae_layers, batch, dtype)
+    return _encoding_peak(sizes.vae_channels, sizes.vae_groups, sizes.vae_layers, batch, dtype)
 
 
 class _GradientPartition:
@@ -298,6 +303,10 @@ def _traced(config: TrainConfig) -> TrainConfig:
     return replace(
         default, model=replace(default.model, lora_rank=config.model.lora_rank), stage=config.stage, sharding=sharding
     )
+
+
+_shapes = cache(trained_shapes)
+_encoding_peak = cache(trace_encoding)
 
 
 @cache

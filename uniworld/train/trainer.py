@@ -16,7 +16,7 @@ from torch import Tensor
 from uniworld.config import TrainConfig, to_yaml
 from uniworld.models.unified import UniWorld
 from uniworld.train import build, sharding, validate
-from uniworld.train.checkpoints import checkpoints_dir, complete_checkpoints
+from uniworld.train.checkpoints import checkpoints_dir, complete_checkpoints, write_config
 from uniworld.train.ema import ShardedEMA
 from uniworld.train.flops import StepFlops, peak_flops, sample_tokens
 from uniworld.train.metrics import Metrics, memory_gib
@@ -92,9 +92,7 @@ class Trainer:
         if self.world.rank == 0:
             folder = Path(self.config.run_dir)
             folder.mkdir(parents=True, exist_ok=True)
-            part = folder / ".config.yaml.part"
-            part.write_text(to_yaml(self.config), encoding="utf-8")
-            part.replace(folder / "config.yaml")
+            write_config(folder, to_yaml(self.config))
 
     def _announce(self) -> None:
         config, sharding_config, world = self.config, self.config.sharding, self.world

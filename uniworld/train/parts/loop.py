@@ -165,7 +165,7 @@ class PartTrainer:
             state = torch.load(found.folder / OPTIMIZER, map_location=self.device, weights_only=True)
             self.optimizer.load_state_dict(state)
             self.step = found.step
-        (folder / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
+        checkpoints.write_config(folder, to_yaml(self.config))
 
     def _names(self) -> list[str]:
         return [name for name, p in self.part.module.named_parameters() if p.requires_grad]
