@@ -80,14 +80,6 @@ void adaln_modulate_backward(int dtype, uintptr_t dy, uintptr_t x, uintptr_t sca
 
 void bind_adaln_modulate(pybind11::module_& m) {
   using release = pybind11::call_guard<pybind11::gil_scoped_release>;
-  m.def(
-      "limit_instruction_set",
-      [](int level) {
-        const int before = instruction_set();
-        instruction_set() = std::min(level, widest_instruction_set());
-        return before;
-      },
-      "For tests: at most 2 AVX-512, 1 AVX2 or 0 the baseline from now on. Returns what was in use.");
   m.def("adaln_modulate", &adaln_modulate, release());
   m.def("adaln_modulate_backward", &adaln_modulate_backward, release());
 }

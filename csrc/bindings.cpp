@@ -1,4 +1,7 @@
+#include <algorithm>
+
 #include "core.h"
+#include "rows.h"
 
 PYBIND11_MODULE(_core, m) {
   m.doc() = "The C++ core of uniworld: CPU kernels, and CUDA kernels where nvcc was found.";
@@ -7,6 +10,14 @@ PYBIND11_MODULE(_core, m) {
 #else
   m.attr("cuda_archs") = "";
 #endif
+  m.def(
+      "limit_instruction_set",
+      [](int level) {
+        const int before = uniworld::instruction_set();
+        uniworld::instruction_set() = std::min(level, uniworld::widest_instruction_set());
+        return before;
+      },
+      "For tests: at most 2 AVX-512, 1 AVX2 or 0 the baseline from now on. Returns what was in use.");
   uniworld::bind_adaln_modulate(m);
   uniworld::bind_gate_residual(m);
   uniworld::bind_qk_norm_rope(m);

@@ -166,6 +166,19 @@ def test_the_autoencoder_learns_and_its_latents_have_unit_size(tmp_path):
     assert float((vae.decode(latents) - expected).norm() / expected.norm()) < 0.05  # stored in bf16
 
 
+def overfit(part, batch, num_steps, lr):
+    """Train on one batch alone; (loss, what else is logged) of each step."""
+    optimizer, generator = torch.optim.AdamW(part.module.parameters(), lr=lr), torch.Generator()
+    logged = []
+    for _ in range(num_steps):
+        loss, more = part.loss(batch, generator)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        logged.append((float(loss.detach()), {name: float(value) for name, value in more.items()}))
+    return logged
+
+
 @pytest.fixture(scope="module")
 def words(tmp_path_factory):
     """Tokenizers that learned from a few texts."""
@@ -180,15 +193,8 @@ def language(words, tmp_path_factory):
     folder = tmp_path_factory.mktemp("vlm")
     changes = [f"run_dir={folder}", f"words={words}", "num_checked=4", "size_px=64"]
     part = make_part(load_part_config(ROOT / "configs" / "tiny" / "vlm.yaml", changes))
-    batch, generator = part.make(range(4)), torch.Generator()
-    optimizer = torch.optim.AdamW(part.module.parameters(), lr=3e-3)
-    losses = []
-    for _ in range(60):
-        loss, _ = part.loss(batch, generator)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(float(loss.detach()))
+    batch = part.make(range(4))
+    losses = [loss for loss, _ in overfit(part, batch, num_steps=60, lr=3e-3)]
     return part, losses, batch
 
 
@@ -207,7 +213,7 @@ def test_every_item_that_a_part_sees_has_a_caption(language):
     for task, kinds in (("edit", edits.KINDS), ("t2i", (None,)), ("compose", (None,))):
         for kind in kinds:
             item = make_item(task, 5, kind=kind, language=language, size_px=64)
-            assert vlm.answered(item)[-1]["value"] and semantic_encoder.caption(item)
+            assert vlm.answered(item)[-1]["value"] and parts_words.caption(item)
 
 
 def test_answers_alone_are_learned(language):
@@ -260,16 +266,9 @@ def test_the_exported_language_part_has_the_authors_names(language, tmp_path):
 def test_the_semantic_encoder_learns_which_caption_is_whose(words, tmp_path):
     changes = [f"run_dir={tmp_path}", f"words={words}", "num_checked=32"]
     part = make_part(load_part_config(ROOT / "configs" / "tiny" / "semantic_encoder.yaml", changes))
-    batch, generator = part.make(range(8)), torch.Generator()
+    batch = part.make(range(8))
     assert batch["levels"].shape == (8, 128, 128, 3) and batch["mask"][:, 0].all()
-    optimizer = torch.optim.AdamW(part.module.parameters(), lr=2e-3)
-    logged = []
-    for _ in range(40):
-        loss, more = part.loss(batch, generator)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        logged.append({name: float(value) for name, value in more.items()})
+    logged = [more for _, more in overfit(part, batch, num_steps=40, lr=2e-3)]
     assert logged[0]["found"] < 0.6 and logged[-1]["found"] == 1, logged[-1]
     assert logged[-1]["psnr_db"] > logged[0]["psnr_db"] + 3
     assert part.score()["found"] < 0.5  # of pictures it has not seen: 1 of 32 by chance

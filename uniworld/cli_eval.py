@@ -14,6 +14,7 @@ from rich.table import Table
 
 from uniworld.cli_draw import load_engine, note_random_weights, plain_warnings, stderr_console
 from uniworld.cli_options import LoadOptions, ReportOptions
+from uniworld.data.scenes.make import write_whole
 from uniworld.data.scenes.render import check_size
 from uniworld.eval import scenes_page
 from uniworld.eval.scenes_columns import Column, chosen
@@ -109,11 +110,9 @@ def _told(measure: tuple[str, float]) -> str:
 
 
 def _write(path: Path, text: str) -> None:
-    part = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, path)
+        write_whole(path, text)
     except OSError as error:
         raise ValueError(f"{path}: cannot be written ({error})") from error
 

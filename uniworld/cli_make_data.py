@@ -2,8 +2,6 @@
 
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -32,6 +30,7 @@ def make_data(
 
     Example: `uniworld make-data --num 2000 -o check --split held-out --tasks edit,t2i`
     """
+    from uniworld.checkpoint.progress import count_progress
     from uniworld.data.scenes import make
     from uniworld.data.scenes.tasks import MIXTURE
 
@@ -41,7 +40,7 @@ def make_data(
     plan = make.DataPlan(num=num, split=split, seed=seed, tasks=names, size_px=size, format=format)
     make.open_folder(plan, output)  # before the bar is drawn
     start = time.perf_counter()
-    with _progress_bar(quiet) as progress:
+    with count_progress("Making data", not quiet, unit="pairs") as progress:
         made = make.make_data(plan, output, num_workers=workers or os.cpu_count() or 1, progress=progress)
     if not quiet:
         _report(made, num, time.perf_counter() - start)
@@ -55,27 +54,3 @@ def _report(made: int, num: int, seconds: float) -> None:
     there = f", {num - made} were there" if made < num else ""
     text = f"{made} pairs in {seconds:.1f} s ({made / max(seconds, 1e-9):.0f} pairs/s){there}"
     Console(stderr=True, highlight=False, soft_wrap=True).print(text)
-
-
-@contextmanager
-def _progress_bar(quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
-    """A function that is told (done, total), which draws a bar on stderr."""
-    if quiet:
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    rate = TextColumn("{task.fields[rate]}")
-    columns = ("making data", BarColumn(), MofNCompleteColumn(), rate, TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("make", total=None, rate="")
-        start, first = time.perf_counter(), None
-
-        def update(done: int, total: int) -> None:
-            nonlocal first
-            first = done if first is None else first
-            speed = (done - first) / (time.perf_counter() - start)
-            progress.update(task, completed=done, total=total, rate=f"{speed:.0f} pairs/s")
-
-        yield update

@@ -1,6 +1,7 @@
 """Progress bars on stderr, by bytes and by things."""
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator
 
 
@@ -29,21 +30,31 @@ def byte_progress(title: str, num_bytes: int, enabled: bool) -> Iterator[Callabl
 
 
 @contextlib.contextmanager
-def count_progress(title: str, enabled: bool) -> Iterator[Callable[[int, int], None]]:
-    """Yields the function to call with (things done, things to do); the bar comes with the first call."""
+def count_progress(title: str, enabled: bool, unit: str | None = None) -> Iterator[Callable[[int, int], None]]:
+    """Yields the function to call with (things done, things to do); the bar comes with the first call.
+
+    Args:
+        unit: what things are called where the bar is to say how many a second are done, since that call.
+    """
     if not enabled:
         yield lambda done, total: None
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    bar = Progress(*columns, console=Console(stderr=True), transient=True)
-    task = bar.add_task(title, total=None)
+    columns = [TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn()]
+    columns += [TextColumn("{task.fields[rate]}")] if unit else []
+    bar = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True)
+    task = bar.add_task(title, total=None, rate="")
+    begun: list[tuple[int, float]] = []
 
     def show(done: int, total: int) -> None:
-        bar.start()
-        bar.update(task, completed=done, total=total)
+        if not begun:
+            begun.append((done, time.perf_counter()))
+            bar.start()
+        first, start = begun[0]
+        speed = (done - first) / max(time.perf_counter() - start, 1e-9)
+        bar.update(task, completed=done, total=total, rate=f"{speed:.0f} {unit}/s")
 
     try:
         yield show

@@ -127,6 +127,23 @@ class ShardWriter:
             write_json(self.folder / f"{self.stem}.safetensors.index.json", index)
 
 
+def save_module(
+    folder: Path, tensors: Iterable[tuple[str, Tensor]], config: dict[str, Any], stem: str = "model"
+) -> None:
+    """Write the folder of one encoder or VAE, made where it is not there: its tensors by key, and config.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    writer = ShardWriter(folder, stem=stem)
+    for key, tensor in tensors:
+        writer.add(key, tensor)
+    writer.finish()
+    write_json(folder / "config.json", config)
+
+
+def with_prefix(name: str, prefix: str) -> str:
+    """transformers 4 has a prefix before all names of an encoder, transformers 5 before none."""
+    return name if name.startswith(prefix) else prefix + name
+
+
 def write_json(path: Path, value: dict) -> None:
     path.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -178,5 +195,3 @@ def save_uniworld(
             state = {name: tensor.detach().cpu() for name, tensor in model.task_head.state_dict().items()}
             torch.save(state, temporary / TASK_HEAD_FILE)
     return folder
-
-

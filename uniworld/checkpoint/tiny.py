@@ -18,7 +18,7 @@ from uniworld.checkpoint import tiny_configs
 from uniworld.checkpoint.build import build_univa, checkpoint_module
 from uniworld.checkpoint.convert import fresh_connector_shapes, univa_config
 from uniworld.checkpoint.names import authors_names
-from uniworld.checkpoint.save import TASK_HEAD_FILE, ShardWriter, atomic_folder, write_json
+from uniworld.checkpoint.save import TASK_HEAD_FILE, ShardWriter, atomic_folder, save_module, with_prefix, write_json
 from uniworld.checkpoint.tiny_tokenizers import write_clip_tokenizer, write_qwen_tokenizer, write_t5_tokenizer
 from uniworld.checkpoint.weights import parameters_on_meta
 
@@ -114,12 +114,8 @@ def _write_module(
     folder: Path, config: dict[str, Any], module: nn.Module, *, prefix: str = "", stem: str = "model"
 ) -> None:
     """One encoder's folder; `prefix` (transformers 4) stands before names that do not have it already."""
-    writer = ShardWriter(_made(folder), stem=stem)
-    for name, parameter in module.named_parameters():
-        key = name if name.startswith(prefix) else prefix + name
-        writer.add(key, initial(f"{folder.name}/{key}", parameter.shape))
-    writer.finish()
-    write_json(folder / "config.json", config)
+    shapes = ((with_prefix(name, prefix), parameter.shape) for name, parameter in module.named_parameters())
+    save_module(folder, ((key, initial(f"{folder.name}/{key}", shape)) for key, shape in shapes), config, stem)
 
 
 def _made(folder: Path) -> Path:

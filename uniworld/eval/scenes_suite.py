@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from uniworld.data.scenes.make import VERSION
+from uniworld.data.scenes.make import VERSION, write_whole
 from uniworld.data.scenes.tasks import Item
 from uniworld.engine import Engine, Request
 from uniworld.eval.scenes_columns import SUITE, Column, item_of, question_index
@@ -53,7 +53,7 @@ def open_folder(plan: SuitePlan, folder: Path) -> None:
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder}: is neither empty nor a folder of scores")
     folder.mkdir(parents=True, exist_ok=True)
-    _write(path, json.dumps(asdict(plan), indent=2).encode())
+    write_whole(path, json.dumps(asdict(plan), indent=2))
 
 
 def answer_path(folder: Path, column: Column, index: int) -> Path:
@@ -102,7 +102,7 @@ def save_picture(path: Path, picture: Image.Image, seed: int) -> None:
 
 def save_answer(path: Path, answer: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    _write(path, json.dumps(answer, ensure_ascii=False).encode())
+    write_whole(path, json.dumps(answer, ensure_ascii=False))
 
 
 def _draw(engine: Engine, plan: SuitePlan, column: Column, indices: Sequence[int], folder: Path) -> None:
@@ -154,12 +154,6 @@ def conversation(item: Item, turn: int) -> list[dict[str, Any]]:
 
 def said(item: Item, turn: int) -> str:
     return item.conversations[2 * turn]["value"].replace(IMAGE_MARK, "").strip()
-
-
-def _write(path: Path, data: bytes) -> None:
-    part = path.with_suffix(".partial")
-    part.write_bytes(data)
-    os.replace(part, path)
 
 
 _ANSWERS = {True: _draw, False: _talk}

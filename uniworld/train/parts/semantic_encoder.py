@@ -15,17 +15,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from uniworld.checkpoint.save import ShardWriter, write_json
+from uniworld.checkpoint.save import save_module, with_prefix, write_json
 from uniworld.checkpoint.tiny import STORED_DTYPE
-from uniworld.data.scenes.captions import long_caption
-from uniworld.data.scenes.tasks import Item, make_item
-from uniworld.data.scenes.wording import wording
+from uniworld.data.scenes.tasks import make_item
 from uniworld.models.siglip import SemanticEncoder
 from uniworld.models.tokenizers import load_tokenizer
 from uniworld.train.parts.config import PartConfig
 from uniworld.train.parts.sizes import SIGLIP, SIGLIP_PREPROCESSOR
 from uniworld.train.parts.vae import as_pixels, psnr
-from uniworld.train.parts.words import open_tokenizers
+from uniworld.train.parts.words import caption, open_tokenizers
 
 TASKS = ("t2i", "edit", "understanding")
 EMBEDDING = 128
@@ -120,12 +118,9 @@ class Contrastive:
 
     def export(self, folder: Path) -> None:
         """The folder `siglip`."""
-        writer = ShardWriter(folder)
-        for name, parameter in self.module.vision.named_parameters():
-            key = name if name.startswith("vision_model.") else f"vision_model.{name}"
-            writer.add(key, parameter.detach().to(STORED_DTYPE))
-        writer.finish()
-        write_json(folder / "config.json", SIGLIP)
+        tensors = self.module.vision.named_parameters()
+        stored = ((with_prefix(name, "vision_model."), tensor.to(STORED_DTYPE)) for name, tensor in tensors)
+        save_module(folder, stored, SIGLIP)
         write_json(folder / "preprocessor_config.json", SIGLIP_PREPROCESSOR)
 
     def _batch(self, seeds: range, split: str) -> dict[str, Any]:
@@ -146,11 +141,6 @@ class Contrastive:
         module = self.module
         similarity = module.embed_pictures(states) @ module.embed_captions(batch["ids"], batch["mask"]).T
         return (module.log_scale.exp() * similarity + module.bias).float()
-
-
-def caption(item: Item) -> str:
-    """What is in the last picture of an item, in its language."""
-    return long_caption(item.scenes[-1], wording(item.language, np.random.default_rng(item.seed)))
 
 
 def patches(pixels: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from uniworld.checkpoint.save import ShardWriter, write_json
+from uniworld.checkpoint.save import save_module
 from uniworld.checkpoint.tiny import STORED_DTYPE
 from uniworld.data.scenes.tasks import MIXTURE, make_item
 from uniworld.train.parts.config import PartConfig
@@ -77,12 +77,8 @@ class Autoencoder:
             latents.append(self.module.encode(as_pixels(batch)).latent_dist.mean)
         values = torch.cat(latents)
         settings = VAE | {"scaling_factor": 1 / float(values.std()), "shift_factor": float(values.mean())}
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "config.json", settings)
-        writer = ShardWriter(folder, stem="diffusion_pytorch_model")
-        for name, parameter in self.module.named_parameters():
-            writer.add(name, parameter.to(STORED_DTYPE))
-        writer.finish()
+        stored = ((name, tensor.to(STORED_DTYPE)) for name, tensor in self.module.named_parameters())
+        save_module(folder, stored, settings, stem="diffusion_pytorch_model")
 
 
 def picture(seed: int, split: str, size_px: int) -> np.ndarray:

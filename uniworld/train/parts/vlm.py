@@ -18,11 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from uniworld.checkpoint.names import VLM, authors_names
-from uniworld.checkpoint.save import ShardWriter, write_json
+from uniworld.checkpoint.save import save_module
 from uniworld.checkpoint.tiny import STORED_DTYPE
-from uniworld.data.scenes.captions import long_caption
 from uniworld.data.scenes.tasks import Item, make_item
-from uniworld.data.scenes.wording import wording
 from uniworld.models.prompts import (
     DATA_ROLES,
     IMAGE,
@@ -39,7 +37,7 @@ from uniworld.models.vision_processor import VisionProcessor
 from uniworld.models.vlm import VisionLanguageModel
 from uniworld.train.parts.config import PartConfig
 from uniworld.train.parts.sizes import PREPROCESSOR, qwen_config
-from uniworld.train.parts.words import open_tokenizers, read_ids
+from uniworld.train.parts.words import caption, open_tokenizers, read_ids
 
 # Of five items three are questions; the others are what pictures are drawn from.
 TASKS = ("understanding", "edit", "understanding", "understanding", "t2i")
@@ -98,12 +96,9 @@ class VisionLanguage:
 
     def export(self, folder: Path) -> None:
         """The VLM's tensors under the authors' names, to be put together with the other parts."""
-        writer = ShardWriter(folder)
-        for name, parameter in self.module.named_parameters():
-            (key,) = authors_names(VLM, name)
-            writer.add(key, parameter.detach().to(STORED_DTYPE))
-        writer.finish()
-        write_json(folder / "config.json", qwen_config(read_ids(open_tokenizers(self.config.words), "qwen")))
+        tensors = self.module.named_parameters()
+        stored = ((authors_names(VLM, name)[0], tensor.to(STORED_DTYPE)) for name, tensor in tensors)
+        save_module(folder, stored, qwen_config(read_ids(open_tokenizers(self.config.words), "qwen")))
 
     def _batch(self, items: Sequence[Item], conversations: Sequence[Conversation]) -> dict[str, Any]:
         """Every other conversation has its pictures after the words, as at inference; the rest as in training data."""
@@ -134,8 +129,7 @@ def answered(item: Item) -> Conversation:
     """The conversation of an item; in the place of a picture its caption in the language of the instruction."""
     if item.task == "understanding":
         return item.conversations
-    words = wording(item.language, np.random.default_rng(item.seed))
-    return [*item.conversations[:-1], {"from": "gpt", "value": long_caption(item.scenes[-1], words)}]
+    return [*item.conversations[:-1], {"from": "gpt", "value": caption(item)}]
 
 
 def conversation_text(turns: Conversation, words_first: bool) -> str:

@@ -1,12 +1,16 @@
-"""The tokenizers of `tiny`, learned from the words of the scenes' world."""
+"""The words of the scenes' world: captions of items, and the tokenizers of `tiny`, which learn from them."""
 
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+
 from uniworld.checkpoint.locate import read_json
 from uniworld.checkpoint.save import atomic_folder, write_json
 from uniworld.checkpoint.tiny_tokenizers import write_clip_tokenizer, write_qwen_tokenizer, write_t5_tokenizer
-from uniworld.data.scenes.tasks import MIXTURE, make_item
+from uniworld.data.scenes.captions import long_caption
+from uniworld.data.scenes.tasks import MIXTURE, Item, make_item
+from uniworld.data.scenes.wording import wording
 from uniworld.models.prompts import DRAWN_MARK, IMAGE_MARK, PERCEPTION_PROMPTS
 
 IDS = "ids.json"
@@ -27,6 +31,11 @@ def learned_texts(num: int) -> Iterator[str]:
         for seed in range(num // len(MIXTURE)):
             for turn in make_item(task, seed, size_px=64).conversations:
                 yield turn["value"].replace(IMAGE_MARK, "").replace(DRAWN_MARK, "").strip()
+
+
+def caption(item: Item) -> str:
+    """What is in the last picture of an item, the wanted one, in the language of its instruction."""
+    return long_caption(item.scenes[-1], wording(item.language, np.random.default_rng(item.seed)))
 
 
 def open_tokenizers(folder: str | Path) -> Path:
