@@ -39,7 +39,8 @@ def gather() -> Report:
         "uniworld": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "versions": {name: installed_version(name) for name in REQUIRED},
+        # torch itself also names its build, such as +cu130; the package's metadata does not always.
+        "versions": {name: installed_version(name) for name in REQUIRED} | {"torch": torch.__version__},
         "optional": {name: installed_version(name) for name in OPTIONAL},
         "device": gpu(device) if device.type == "cuda" else cpu(),
         "core": core(),
