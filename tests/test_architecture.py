@@ -29,6 +29,7 @@ FLOORS = {
     "uniworld.cli_chat": 5,
     "uniworld.cli_train": 5,
     "uniworld.cli_train_part": 5,
+    "uniworld.cli_train_tiny": 5,
     "uniworld.cli_training": 5,
     "uniworld.cli_check_data": 5,
     "uniworld.cli_eval": 5,

@@ -22,12 +22,13 @@ from uniworld.data.scenes import edits
 from uniworld.data.scenes.tasks import make_item
 from uniworld.models.prompts import ANSWER_START, VLMInputs
 from uniworld.models.siglip import SemanticEncoder
+from uniworld.models.task_head import TaskHead
 from uniworld.models.tokenizers import load_tokenizer
 from uniworld.models.vae import ImageAutoencoder, to_pixels
 from uniworld.models.vlm import VisionLanguageModel
 from uniworld.train.checkpoints import complete_checkpoints
 from uniworld.train.metrics import read_metrics
-from uniworld.train.parts import loop, make_part, semantic_encoder, vlm
+from uniworld.train.parts import base, loop, make_part, semantic_encoder, task_head, vlm
 from uniworld.train.parts import words as parts_words
 from uniworld.train.parts.config import PartConfig, load_part_config
 from uniworld.train.parts.vae import picture
@@ -305,6 +306,129 @@ def test_sigmoid_loss_is_siglips():
             logit = 10 * float(x[i] @ y[j]) - 10
             expected -= math.log(1 / (1 + math.exp(-logit if i == j else logit))) / 3
     assert float(more["contrastive"]) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.fixture(scope="module")
+def parts(words, language, tmp_path_factory):
+    """A folder of parts that the later ones build on: a fresh autoencoder, and the VLM that learned one batch."""
+    folder = tmp_path_factory.mktemp("parts")
+    vae = make_part(PartConfig(part="vae", run_dir=str(folder / "vae"), num_steps=1, num_checked=32))
+    with torch.no_grad():
+        vae.module.encoder.conv_out.bias[16:] = -10  # log variance: latents with hardly any noise, as trained ones
+    vae.export(folder / "vae" / "model")
+    language[0].export(folder / "vlm" / "model")
+    return folder
+
+
+def part_config(name, folder, words, parts, *more):
+    changes = [f"run_dir={folder}", f"words={words}", f"parts={parts}", "num_checked=32", *more]
+    return load_part_config(ROOT / "configs" / "tiny" / f"{name}.yaml", changes)
+
+
+def test_the_base_learns_and_diffusers_reads_it(words, parts, tmp_path):
+    """Its loss falls on one batch; what it exports gives diffusers' and transformers' modules the same velocity."""
+    from diffusers import FluxTransformer2DModel
+    from transformers import CLIPTextModel, T5EncoderModel
+
+    part = make_part(part_config("base", tmp_path, words, parts))
+    batch = part.make(range(2))
+    assert batch["mean"].shape == (2, 16, 16, 16) and batch["t5_ids"].shape == (2, parts_words.T5_TOKENS)
+    losses = [loss for loss, _ in overfit(part, batch, num_steps=40, lr=1.5e-3)]
+    at_zero = 1 + float((batch["mean"].square() + batch["std"].square()).mean())  # the square of noise - latents
+    assert losses[0] == pytest.approx(at_zero, rel=0.1)
+    assert np.mean(losses[-5:]) < 0.75 * losses[0], losses[::5]
+
+    part.export(tmp_path / "model")
+    model = tmp_path / "model"
+    theirs = FluxTransformer2DModel.from_pretrained(model, subfolder="transformer", torch_dtype=torch.float32)
+    t5 = T5EncoderModel.from_pretrained(model, subfolder="text_encoder_2", dtype=torch.float32)
+    clip = CLIPTextModel.from_pretrained(model, subfolder="text_encoder", dtype=torch.float32)
+    noise = torch.randn(2, 16, 16, 16, generator=torch.Generator().manual_seed(0))
+    sigma, guidance, without = torch.rand(2), torch.full((2,), 2.0), torch.tensor([False, True])
+    with torch.no_grad():
+        ours, _ = part._predict(batch, torch.zeros_like(noise), noise, sigma, guidance, without)
+        noisy = (noise * sigma[:, None, None, None]).view(2, 16, 8, 2, 8, 2)
+        packed = noisy.permute(0, 2, 4, 1, 3, 5).reshape(2, 64, 64)
+        pooled = clip(batch["clip_ids"]).pooler_output
+        empty = part.text.clip_tokenizer([""], padding="max_length", max_length=77, return_tensors="pt").input_ids
+        pooled[without] = clip(empty).pooler_output
+        expected = theirs(
+            packed,
+            encoder_hidden_states=t5(batch["t5_ids"]).last_hidden_state,
+            pooled_projections=pooled,
+            timestep=sigma,
+            guidance=guidance,
+            img_ids=torch.tensor([[0, row, column] for row in range(8) for column in range(8)]).float(),
+            txt_ids=torch.zeros(parts_words.T5_TOKENS, 3),
+        ).sample
+    assert float((ours - expected).norm() / expected.norm()) < 0.03  # stored in bf16
+    assert {path.name for path in (tmp_path / "model").iterdir()} >= {"vae", "tokenizer", "tokenizer_2", "scheduler"}
+
+
+def test_latents_are_those_of_the_autoencoder_and_are_made_once(words, parts, tmp_path):
+    config = part_config("base", tmp_path, words, parts, "num_items=6")
+    part = make_part(config)
+    batch = part.make(range(4, 8))  # items 4, 5, and 0, 1 again
+    vae = ImageAutoencoder.from_config(json.loads((parts / "vae" / "model" / "config.json").read_text()))
+    vae.model.load_state_dict(load_file(parts / "vae" / "model" / "diffusion_pytorch_model.safetensors"))
+    pictures = [make_item(base.TASKS[n], n).pictures[-1] for n in (4, 5, 0, 1)]
+    expected = vae.mean_latents(torch.cat([to_pixels(Image.fromarray(picture)) for picture in pictures]))
+    assert torch.allclose(batch["mean"], expected, atol=2e-3, rtol=2e-3)  # kept in fp16
+    assert part.text.t5_tokenizer.decode(batch["t5_ids"][2], skip_special_tokens=True) == base.what_is_said(
+        make_item(base.TASKS[0], 0)
+    )
+    again = make_part(config)
+    with mock.patch.object(base, "make_item", side_effect=AssertionError("made again")):
+        known = again.make(range(4, 8))
+        assert all(torch.equal(known[name], batch[name]) for name in batch)
+        with pytest.raises(AssertionError, match="made again"):
+            again.make(range(2, 3))
+    with pytest.raises(ValueError, match="holds float16 .6, 2, 16, 16, 16., not float16 .7,"):
+        make_part(replace(config, num_items=7)).make(range(1))
+
+
+def test_the_base_draws_its_samples_and_scores(words, parts, tmp_path):
+    part = make_part(part_config("base", tmp_path, words, parts, "num_checked=8"))
+    scores = part.score()
+    moments, _ = part._make_items(range(32), "held-out")
+    at_zero = 1 + float(np.square(moments.astype(np.float32)).sum(1).mean())
+    assert list(scores.values()) == pytest.approx(3 * [at_zero], rel=0.05), scores
+    assert Image.open(tmp_path / "samples.png").size == (512, 512)
+    assert len((tmp_path / "samples.txt").read_text().splitlines()) == 16
+
+
+def test_a_part_says_which_other_it_needs(words, tmp_path):
+    for name, needed in (("base", "vae"), ("task_head", "vlm")):
+        with pytest.raises(FileNotFoundError, match=f"{needed}/model is not there; train it first"):
+            make_part(part_config(name, tmp_path, words, tmp_path))
+
+
+def test_the_task_head_learns_on_the_states_that_the_engine_routes_by(words, parts, tmp_path):
+    part = make_part(part_config("task_head", tmp_path, words, parts))
+    batch = part.make(range(16))
+    assert batch["labels"].tolist() == [0, 1] * 8
+    logged = [more["right"] for _, more in overfit(part, batch, num_steps=60, lr=3e-3)]
+    assert np.mean(logged[-5:]) > 0.95, logged[::10]
+    part.export(tmp_path / "model")
+    head = TaskHead.from_file(tmp_path / "model" / "task_head_final.pt").float()
+    part.module.eval()
+    drawn = head.draw_probability(part._states(batch)) >= 0.5
+    assert drawn.tolist() == [bool(label) for label in batch["labels"]]
+
+
+def test_routing_asks_as_the_engine_does(words):
+    """A later turn of a talk has the earlier ones, with their pictures, before it."""
+    talk = next(i for i in (make_item("understanding", s, size_px=64) for s in range(50)) if len(i.conversations) >= 4)
+    prompt, pictures = task_head.asked_at(talk, 1)
+    first, answer, second = (turn["value"].replace("<image>", "").strip() for turn in talk.conversations[:3])
+    assert prompt == (
+        f"<|im_start|>user\n{first}<|vision_start|><|image_pad|><|vision_end|><|im_end|>\n"
+        f"<|im_start|>assistant\n{answer}<|im_end|>\n<|im_start|>user\n{second}<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert len(pictures) == 1
+    edit = make_item("edit", 3, size_px=64)
+    prompt, pictures = task_head.asked_at(edit, 0)
+    assert len(pictures) == 1 and np.array_equal(np.asarray(pictures[0]), edit.pictures[0])
 
 
 def test_command_stops_in_time_and_goes_on(tmp_path):

@@ -88,6 +88,29 @@ def train_part(
     return cli_train_part.train_part(config, overrides or [], minutes, quiet)
 
 
+def train_tiny(
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Of all runs.")] = Path("runs/tiny"),
+    *,
+    minutes: Annotated[
+        float | None,
+        typer.Option("--minutes", min=0, metavar="M", help="Stop and save after this time; run again to go on."),
+    ] = None,
+    configs: Annotated[Path, typer.Option(metavar="DIR", help="One YAML file a training.")] = Path("configs/tiny"),
+    num: Annotated[int, typer.Option(min=1, metavar="N", help="Items that stages 1 and 2 learn from.")] = 100_000,
+    show_steps: Annotated[bool, typer.Option("--steps", help="List the steps and which are done; run none.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing of the steps.")] = False,
+) -> int:
+    """Train the model `tiny` from nothing: its parts, then stage 1 and stage 2, each by a command that is shown.
+
+    Steps that are done are not done again. Exit code 143 says that time or a signal ended it before the last one.
+
+    Example: `uniworld train-tiny -o runs/tiny --minutes 120`
+    """
+    from uniworld import cli_train_tiny
+
+    return cli_train_tiny.train_tiny(output, configs, num, minutes, show_steps, quiet)
+
+
 def precompute(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="The YAML file that training will use.")],
     overrides: Overrides = None,
@@ -168,4 +191,4 @@ def export(
     cli_export.export(checkpoint, output, ema=ema, connectors_only=connectors_only, overwrite=overwrite, quiet=quiet)
 
 
-COMMANDS = (check_data, make_data, train, train_part, precompute, plan, plot, export)
+COMMANDS = (check_data, make_data, train, train_part, train_tiny, precompute, plan, plot, export)

@@ -7,8 +7,17 @@ from uniworld.train.parts.config import PartConfig
 
 def make_part(config: PartConfig) -> Any:
     """The part that `config.part` names, with fresh weights; a `loop.Part`."""
+    from uniworld.train.parts.base import TextToImage
     from uniworld.train.parts.semantic_encoder import Contrastive
+    from uniworld.train.parts.task_head import Routing
     from uniworld.train.parts.vae import Autoencoder
     from uniworld.train.parts.vlm import VisionLanguage
 
-    return {"vae": Autoencoder, "vlm": VisionLanguage, "semantic_encoder": Contrastive}[config.part](config)
+    parts = {
+        "vae": Autoencoder,
+        "vlm": VisionLanguage,
+        "semantic_encoder": Contrastive,
+        "base": TextToImage,
+        "task_head": Routing,
+    }
+    return parts[config.part](config)

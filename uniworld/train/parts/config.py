@@ -12,7 +12,7 @@ from uniworld.config import CheckpointConfig, EMAConfig, OptimConfig, from_dict,
 class PartConfig:
     """A training run of one part, on one device."""
 
-    part: Literal["vae", "vlm", "semantic_encoder"]
+    part: Literal["vae", "vlm", "semantic_encoder", "base", "task_head"]
     """What is trained; each part stands in a module of its name beside this one."""
     run_dir: str
     """Checkpoints, metrics and the part's weights go here."""
@@ -21,10 +21,14 @@ class PartConfig:
     batch_size: int = 16
     """Items a step; an item of the scenes' world may hold several pictures."""
     size_px: int = 128
+    parts: str = "runs/tiny"
+    """Folder of the other parts' runs; a part that builds on another takes its weights from `PART/model` in it."""
     words: str = "runs/tiny/words"
     """Folder of the tokenizers, which the parts share; made from the words of the scenes where it is not there."""
     dtype: Literal["bf16", "fp32"] = "fp32"
     """Of the computation; parameters, optimizer and EMA are fp32."""
+    num_items: int = 100000
+    """Of part base: items that are trained on again and again, from latents that are kept in `run_dir` (17 KB each)."""
     num_workers: int = 1
     """Processes that draw scenes; 0 draws them in the training process."""
     num_checked: int = 256
@@ -37,7 +41,7 @@ class PartConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     def __post_init__(self):
-        for name in ("num_steps", "batch_size", "num_checked", "log_every_steps"):
+        for name in ("num_steps", "batch_size", "num_items", "num_checked", "log_every_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
         if self.size_px < 64 or self.size_px % 16:

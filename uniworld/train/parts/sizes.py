@@ -12,7 +12,7 @@ SIZE_PX = 128
 VLM_PX = 168 * 168
 HIDDEN = 192  # of the VLM, and width of the DiT's text
 
-VAE: dict[str, Any] = tiny_configs.VAE | {"block_out_channels": [16, 32, 64, 96], "sample_size": SIZE_PX}
+VAE: dict[str, Any] = tiny_configs.VAE | {"block_out_channels": [16, 32, 64, 64], "sample_size": SIZE_PX}
 PREPROCESSOR: dict[str, Any] = tiny_configs.PREPROCESSOR | {"max_pixels": VLM_PX}
 VISION: dict[str, Any] = tiny_configs.VISION | {
     "depth": 4,
@@ -27,6 +27,12 @@ SIGLIP: dict[str, Any] = tiny_configs.SIGLIP | {
     "intermediate_size": 480,
     "num_attention_heads": 5,
     "num_hidden_layers": 4,
+}
+DENOISER: dict[str, Any] = tiny_configs.DENOISER | {
+    "attention_head_dim": 32,
+    "axes_dims_rope": [8, 12, 12],
+    "joint_attention_dim": HIDDEN,
+    "num_attention_heads": 7,
 }
 SIGLIP_PREPROCESSOR: dict[str, Any] = tiny_configs.SIGLIP_PREPROCESSOR | {
     "size": {"height": SIZE_PX, "width": SIZE_PX},
@@ -43,3 +49,8 @@ def qwen_config(ids: dict[str, int]) -> dict[str, Any]:
         "rope_scaling": {"mrope_section": [8, 8, 8], "rope_type": "default", "type": "default"},
         "vision_config": VISION,
     }
+
+
+def t5_config(ids: dict[str, int]) -> dict[str, Any]:
+    """T5's config.json, without dropout: no text comes twice; `ids` as for `tiny_configs.t5_config`."""
+    return tiny_configs.t5_config(ids) | {"d_ff": 2 * HIDDEN, "d_model": HIDDEN, "dropout_rate": 0.0}

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from uniworld.checkpoint.names import VLM, authors_names
-from uniworld.checkpoint.save import save_module
+from uniworld.checkpoint.save import copy_side_files, save_module, write_json
 from uniworld.checkpoint.tiny import STORED_DTYPE
 from uniworld.data.scenes.tasks import Item, make_item
 from uniworld.models.prompts import (
@@ -95,10 +95,13 @@ class VisionLanguage:
         return {"accuracy": float(np.mean([r for right in found.values() for r in right])), **by_kind}
 
     def export(self, folder: Path) -> None:
-        """The VLM's tensors under the authors' names, to be put together with the other parts."""
+        """A Qwen2.5-VL folder, whose tensors have the same names in the authors' layout; tokenizer, processor."""
         tensors = self.module.named_parameters()
         stored = ((authors_names(VLM, name)[0], tensor.to(STORED_DTYPE)) for name, tensor in tensors)
-        save_module(folder, stored, qwen_config(read_ids(open_tokenizers(self.config.words), "qwen")))
+        words = open_tokenizers(self.config.words)
+        save_module(folder, stored, qwen_config(read_ids(words, "qwen")))
+        copy_side_files(words, folder)
+        write_json(folder / "preprocessor_config.json", PREPROCESSOR)
 
     def _batch(self, items: Sequence[Item], conversations: Sequence[Conversation]) -> dict[str, Any]:
         """Every other conversation has its pictures after the words, as at inference; the rest as in training data."""

@@ -1,0 +1,113 @@
+"""The recipe of `tiny`: its steps go on where they stopped, and what they make is a model that draws."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+
+from uniworld.engine import Engine
+from uniworld.train.parts.recipe import Recipe, Step, recipe
+from uniworld.train.parts.start import write_start
+from uniworld.train.signals import EXIT_STOPPED
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = {"num_steps": 2, "num_checked": 32, "num_workers": 0, "batch_size": 2, "log_every_steps": 1}
+
+
+def calls(root, *names):
+    """Steps that write their names down."""
+
+    def record(name):
+        with (root / "calls").open("a") as file:
+            file.write(f"{name} ")
+
+    return tuple(Step(name=name, function=lambda name=name: record(name)) for name in names)
+
+
+def test_steps_run_in_order_and_once(tmp_path):
+    notes = []
+    steps = calls(tmp_path, "a", "b", "c")
+    assert Recipe(tmp_path, steps, notes.append).run() == 0
+    assert Recipe(tmp_path, steps).run() == 0
+    assert (tmp_path / "calls").read_text() == "a b c "
+    assert notes[0] == "[1/3] a: in this process" and Recipe(tmp_path, steps).done == ["a", "b", "c"]
+
+
+def test_a_step_that_fails_is_named_and_tried_again(tmp_path):
+    wrong = Step(name="export", command=("export", str(tmp_path / "nothing"), "-o", str(tmp_path / "out")))
+    steps = (*calls(tmp_path, "a"), wrong)
+    with pytest.raises(ValueError, match="export: failed with exit code 2; the same command tries it again"):
+        Recipe(tmp_path, steps).run()
+    assert Recipe(tmp_path, steps).done == ["a"]
+
+
+def test_time_ends_a_step_that_then_goes_on(tmp_path):
+    config = tmp_path / "vae.yaml"
+    settings = SMALL | {"part": "vae", "run_dir": str(tmp_path / "vae"), "num_steps": 100_000, "size_px": 64}
+    config.write_text(yaml.safe_dump(settings))
+    steps = (Step(name="vae", command=("train-part", str(config), "-q")), *calls(tmp_path, "after"))
+    for seconds in (0, 15, 60, 200):  # a step that has not begun to train when it is stopped has nothing to save
+        assert Recipe(tmp_path, steps).run(seconds) == EXIT_STOPPED and Recipe(tmp_path, steps).done == []
+        if saved := list((tmp_path / "vae" / "checkpoints").glob("step-*")):
+            break
+    assert saved and not (tmp_path / "calls").exists()
+
+
+def test_the_command_lists_its_steps_and_stops_on_a_signal(tmp_path):
+    command = [sys.executable, "-m", "uniworld.cli", "train-tiny", "-o", str(tmp_path / "run")]
+    listed = subprocess.run([*command, "--steps"], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert listed.returncode == 0, listed.stderr
+    names = [line.split()[2] for line in listed.stdout.splitlines()]
+    assert names == [step.name for step in recipe(tmp_path, Path("configs/tiny"), 1)] and len(names) == 11
+    wrong = subprocess.run([*command, "--configs", "docs"], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert (wrong.returncode, wrong.stderr) == (2, "error: configs=docs: has no vae.yaml\n")
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        assert "[1/11] vae: train-part configs/tiny/vae.yaml" in process.stderr.readline()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(200) == EXIT_STOPPED
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_the_recipe_from_nothing_to_an_edit(tmp_path):
+    """All steps with two optimizer steps each; the model is complete and draws."""
+    configs, root = tmp_path / "configs", tmp_path / "runs"
+    shutil.copytree(ROOT / "configs" / "tiny", configs)
+    for path in configs.glob("*.yaml"):
+        settings = yaml.safe_load(path.read_text())
+        if "part" in settings:
+            settings |= SMALL
+        else:
+            settings |= {"num_steps": 2, "log_every_steps": 1}
+            settings["data"]["batch_size"] = 2
+        path.write_text(yaml.safe_dump(settings))
+    command = [sys.executable, "-m", "uniworld.cli", "train-tiny", "-o", str(root), "--configs", str(configs)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, "--num", "12", "-q"], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=1500
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.splitlines()[-1] == str(root / "model")
+    again = subprocess.run([*command, "--num", "12"], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert again.returncode == 0 and again.stderr == ""
+    assert json.loads((root / "model" / "config.json").read_text())["uniworld"]["random_weights"] is False
+    engine = Engine.from_pretrained(str(root / "model"), progress=False)
+    result = engine.edit(Image.new("RGB", (128, 128), "grey"), "make the ball red", num_inference_steps=2, seed=0)
+    assert result.images[0].size == (128, 128)
+    assert 0 <= engine.chat([{"role": "user", "content": "draw a cube"}], num_inference_steps=1).draw_probability <= 1
+
+
+def test_a_start_needs_every_part(tmp_path):
+    with pytest.raises(FileNotFoundError, match="vlm/model is not there; train it first"):
+        write_start(tmp_path, tmp_path / "start")
+    assert not (tmp_path / "start").exists()

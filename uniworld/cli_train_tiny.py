@@ -1,0 +1,31 @@
+"""The command `train-tiny`."""
+
+import sys
+from pathlib import Path
+
+
+def train_tiny(output: Path, configs: Path, num: int, minutes: float | None, show_steps: bool, quiet: bool) -> int:
+    """Run the recipe, or list its steps; returns the exit code."""
+    from uniworld.train.parts.recipe import TRAINED_PARTS, Recipe, recipe
+
+    for name in (*TRAINED_PARTS, "stage1", "stage2"):
+        if not (configs / f"{name}.yaml").is_file():
+            raise FileNotFoundError(f"configs={configs}: has no {name}.yaml")
+    steps = recipe(output, configs, num)
+
+    def note(line: str) -> None:
+        if not quiet:
+            print(line, file=sys.stderr, flush=True)
+
+    runner = Recipe(output, steps, note)
+    if show_steps:
+        done = runner.done
+        for step in steps:
+            print(f"{'done' if step.name in done else 'to do':6} {step.name:17} {' '.join(step.command)}".rstrip())
+        return 0
+    code = runner.run(None if minutes is None else 60 * minutes)
+    if code:
+        note(f"stopped; run again to go on ({', '.join(runner.done) or 'no step'} done)")
+        return code
+    print(output / "model", flush=True)
+    return 0

@@ -1,0 +1,255 @@
+"""The base DiT of `tiny` with its text encoders, trained together from text to image.
+
+What FLUX.1 brings to UniWorld: a DiT that draws what T5's states say. The noise levels and the loss are those of the
+later stages. The guidance embedding is drawn at random, since nothing is distilled here: the DiT learns that any value
+means the same.
+
+Letters: B pictures, T tokens of a prompt, P width of the pooled text.
+"""
+
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from uniworld.checkpoint.build import encoder_plan
+from uniworld.checkpoint.locate import read_json
+from uniworld.checkpoint.names import diffusers_names
+from uniworld.checkpoint.save import save_module, with_prefix, write_json
+from uniworld.checkpoint.tiny import STORED_DTYPE
+from uniworld.checkpoint.tiny_configs import MODEL_INDEX, SCHEDULER, clip_config
+from uniworld.checkpoint.weights import fill
+from uniworld.config import FlowConfig
+from uniworld.data.scenes.make import VERSION
+from uniworld.data.scenes.tasks import Item, make_item
+from uniworld.kernels.flow_noise import flow_noise
+from uniworld.kernels.flow_step import flow_step
+from uniworld.models.blocks import AdaLinear
+from uniworld.models.flow import LATENT_SCALE, image_ids, initial_noise, sigmas, unpack
+from uniworld.models.flux import FluxConfig, FluxTransformer
+from uniworld.models.text_encoders import TextEncoders, token_ids
+from uniworld.models.tokenizers import load_tokenizer
+from uniworld.models.vae import ImageAutoencoder, to_pil
+from uniworld.train.noise import draw_sigma
+from uniworld.train.parts.config import PartConfig
+from uniworld.train.parts.latents import LatentCache, file_mark
+from uniworld.train.parts.sizes import DENOISER, VAE, t5_config
+from uniworld.train.parts.vae import as_pixels
+from uniworld.train.parts.words import IDS, caption, open_tokenizers, read_ids
+
+# Of ten pictures five are drawn for prompts; the rest are the targets of the other tasks, maps and styles among them.
+TASKS = ("t2i", "edit", "t2i", "perceive", "t2i", "edit", "t2i", "understanding", "t2i", "compose")
+FLOW = FlowConfig()
+GUIDANCE = (1.0, 5.0)
+NO_POOLED_RATE = 0.5  # of prompts whose pooled embedding is that of "", as the later stages have it
+SCORED_AT_ONCE = 32
+SCORED_SIGMAS = (0.2, 0.5, 0.8)
+NUM_SAMPLES, SAMPLE_STEPS = 16, 28
+DIFFUSERS_STEM = "diffusion_pytorch_model"  # of the names of weight files
+
+
+class BaseModel(nn.Module):
+    """What learns: the DiT and both text encoders."""
+
+    def __init__(self, text: TextEncoders):
+        super().__init__()
+        self.denoiser = FluxTransformer(FluxConfig.from_dict(DENOISER))
+        self.clip, self.t5 = text.clip.requires_grad_(True), text.t5.requires_grad_(True)
+        start_as_identity(self.denoiser)
+
+
+def start_as_identity(denoiser: FluxTransformer) -> None:
+    """adaLN-Zero (Peebles and Xie, 2023): every block and the output start at zero, and open while training."""
+    for module in denoiser.modules():
+        if isinstance(module, AdaLinear):
+            nn.init.zeros_(module.linear.weight)
+            nn.init.zeros_(module.linear.bias)
+    nn.init.zeros_(denoiser.proj_out.weight)
+    nn.init.zeros_(denoiser.proj_out.bias)
+
+
+class TextToImage:
+    """The part `base`: FLUX's DiT, CLIP and T5 in the sizes of `sizes`."""
+
+    def __init__(self, config: PartConfig):
+        torch.manual_seed(config.seed)
+        self.config = config
+        self.words = open_tokenizers(config.words)
+        self.text = TextEncoders.from_config(
+            clip_config(read_ids(self.words, "clip")),
+            load_tokenizer(self.words / "flux" / "tokenizer", "CLIPTokenizer"),
+            t5_config(read_ids(self.words, "t5")),
+            load_tokenizer(self.words / "flux" / "tokenizer_2", "T5Tokenizer"),
+        )
+        self.module: nn.Module = BaseModel(self.text)
+        self.vae_folder = Path(config.parts) / "vae" / "model"
+        self.vae = load_vae(self.vae_folder)
+        self._cache: LatentCache | None = None
+
+    def make(self, seeds: range) -> dict[str, Tensor]:
+        """mean and std [B, C, h, w] of the latents; t5_ids [B, T] and clip_ids [B, 77] of what is said of them."""
+        if self._cache is None:  # in the process that makes batches: open files do not travel
+            self._cache = self._open_cache()
+        moments, ids = self._cache[[seed % self.config.num_items for seed in seeds]]
+        return self._as_batch(torch.from_numpy(moments), torch.from_numpy(ids))
+
+    def loss(self, batch: dict[str, Tensor], generator: torch.Generator) -> tuple[Tensor, dict[str, float | Tensor]]:
+        B, device = len(batch["mean"]), self._device
+        latents = self._latents(batch, generator)
+        sigma = draw_sigma(FLOW, B, latents.shape[2] * latents.shape[3] // 4, generator).to(device)
+        noise = torch.randn(latents.shape, generator=generator).to(device)
+        low, high = GUIDANCE
+        guidance = (low + (high - low) * torch.rand(B, generator=generator)).to(device)
+        without = (torch.rand(B, generator=generator) < NO_POOLED_RATE).to(device)
+        pred, target = self._predict(batch, latents, noise, sigma, guidance, without)
+        return (pred.float() - target).square().mean(), {}
+
+    @torch.no_grad()
+    def score(self) -> dict[str, float]:
+        """The loss on held-out pictures at three noise levels; and `samples.png` beside the checkpoints, to look at."""
+        found: dict[str, list[float]] = {f"loss_at_{sigma}": [] for sigma in SCORED_SIGMAS}
+        for start in range(0, self.config.num_checked, SCORED_AT_ONCE):
+            made = self._make_items(range(start, start + SCORED_AT_ONCE), "held-out")
+            batch = self._as_batch(*map(torch.from_numpy, made))
+            generator = torch.Generator().manual_seed(start)
+            latents = self._latents(batch, generator)
+            for sigma in SCORED_SIGMAS:
+                noise = torch.randn(latents.shape, generator=generator).to(self._device)
+                levels = torch.full((len(latents),), sigma, device=self._device)
+                ones, none = torch.ones_like(levels), torch.zeros_like(levels, dtype=torch.bool)
+                pred, target = self._predict(batch, latents, noise, levels, ones, none)
+                found[f"loss_at_{sigma}"].append(float((pred.float() - target).square().mean()))
+        self._save_samples(Path(self.config.run_dir) / "samples.png")
+        return {name: float(np.mean(values)) for name, values in found.items()}
+
+    @torch.no_grad()
+    def export(self, folder: Path) -> None:
+        """A FLUX.1 folder: transformer, text encoders, tokenizers, scheduler, and the autoencoder it learned on."""
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "model_index.json", MODEL_INDEX)
+        for name in ("tokenizer", "tokenizer_2"):
+            shutil.copytree(self.words / "flux" / name, folder / name)
+        shutil.copytree(self.vae_folder, folder / "vae")
+        (folder / "scheduler").mkdir()
+        write_json(folder / "scheduler" / "scheduler_config.json", SCHEDULER)
+        save_module(folder / "transformer", _denoiser_tensors(self.module.denoiser), DENOISER, DIFFUSERS_STEM)
+        clip, t5 = clip_config(read_ids(self.words, "clip")), t5_config(read_ids(self.words, "t5"))
+        named = ((with_prefix(name, "text_model."), tensor) for name, tensor in self.module.clip.named_parameters())
+        save_module(folder / "text_encoder", _stored(named), clip)
+        save_module(folder / "text_encoder_2", _stored(self.module.t5.named_parameters()), t5)
+
+    @property
+    def _device(self) -> torch.device:
+        return self.module.denoiser.proj_out.weight.device
+
+    def _open_cache(self) -> LatentCache:
+        """Of this autoencoder and these words: other ones have a cache of their own."""
+        marks = file_mark(self.vae_folder / f"{DIFFUSERS_STEM}.safetensors"), file_mark(self.words / IDS)
+        folder = Path(self.config.run_dir) / f"latents-{'-'.join(marks)}-{VERSION}"
+        side = self.config.size_px // LATENT_SCALE
+        num_ids = sum(self._lengths)
+        shape = (2, VAE["latent_channels"], side, side)
+        return LatentCache(folder, self.config.num_items, shape, num_ids, self._make_items)
+
+    @property
+    def _lengths(self) -> tuple[int, int]:
+        """Token ids of T5 and of CLIP."""
+        return self.text.t5_tokenizer.model_max_length, self.text.clip_tokenizer.model_max_length
+
+    @torch.no_grad()
+    def _make_items(self, seeds: Sequence[int], split: str = "train") -> tuple[np.ndarray, np.ndarray]:
+        """Moments of the scaled latents [B, 2, C, h, w] and token ids [B, T + 77], as the cache holds them."""
+        items = [make_item(TASKS[s % len(TASKS)], s, split, size_px=self.config.size_px) for s in seeds]
+        said = [what_is_said(item) for item in items]
+        levels = torch.from_numpy(np.stack([item.pictures[-1] for item in items]))
+        mean, std = self.vae.encode_moments(as_pixels(levels))
+        moments = torch.stack([(mean - self.vae.shift) * self.vae.scale, std * self.vae.scale], dim=1)
+        tokenizers = self.text.t5_tokenizer, self.text.clip_tokenizer
+        ids = [token_ids(tokenizer, said, length) for tokenizer, length in zip(tokenizers, self._lengths)]
+        return moments.half().numpy(), torch.cat(ids, dim=1).short().numpy()
+
+    def _as_batch(self, moments: Tensor, ids: Tensor) -> dict[str, Tensor]:
+        mean, std = moments.float().unbind(1)
+        t5_ids, clip_ids = ids.long().split(self._lengths, dim=1)
+        return {"mean": mean, "std": std, "t5_ids": t5_ids, "clip_ids": clip_ids}
+
+    def _latents(self, batch: dict[str, Tensor], generator: torch.Generator) -> Tensor:
+        """A sample of the posterior."""
+        noise = torch.randn(batch["mean"].shape, generator=generator)
+        return (batch["mean"] + batch["std"] * noise).to(self._device)
+
+    def _condition(self, batch: dict[str, Tensor], without: Tensor) -> tuple[Tensor, Tensor]:
+        """T5's states [B, T, D] and the pooled text [B, P], that of "" where `without` [B] is true."""
+        clip = self.text.clip_tokenizer
+        empty = token_ids(clip, [""], clip.model_max_length).to(self._device)
+        ids = torch.where(without[:, None], empty, batch["clip_ids"].to(self._device))
+        return self.module.t5(batch["t5_ids"].to(self._device)).last_hidden_state, self.module.clip(ids).pooler_output
+
+    def _predict(
+        self, batch: dict[str, Tensor], latents: Tensor, noise: Tensor, sigma: Tensor, guidance: Tensor, without: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The DiT's velocity and its target, both packed."""
+        noisy, target = flow_noise(latents, noise, sigma, dtype=torch.float32)
+        states, pooled = self._condition(batch, without)
+        ids = image_ids(self.config.size_px, self.config.size_px, latents.device)
+        return self.module.denoiser(noisy, states, pooled, sigma, guidance, ids), target
+
+    def _save_samples(self, path: Path) -> None:
+        """A sheet of pictures drawn from held-out prompts."""
+        items = [make_item("t2i", seed, "held-out", size_px=64) for seed in range(NUM_SAMPLES)]
+        prompts = [what_is_said(item) for item in items]
+        pictures = to_pil(self.vae.decode(self.draw(prompts)))
+        size, columns = self.config.size_px, int(NUM_SAMPLES**0.5)
+        sheet = Image.new("RGB", (columns * size, -(-NUM_SAMPLES // columns) * size))
+        for i, picture in enumerate(pictures):
+            sheet.paste(picture, (i % columns * size, i // columns * size))
+        sheet.save(path)
+        path.with_suffix(".txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
+
+    def draw(self, prompts: list[str]) -> Tensor:
+        """Latents [B, C, h, w] of pictures of these prompts, as the engine samples them; seeds 0, 1, ..."""
+        size, device, denoiser = self.config.size_px, self._device, self.module.denoiser
+        states, pooled = self.text.t5_states(prompts), self.text.pooled(prompts)
+        latents = torch.cat([initial_noise(seed, size, size, VAE["latent_channels"]) for seed in range(len(prompts))])
+        latents, ids = latents.to(device), image_ids(size, size, device)
+        levels = sigmas(SAMPLE_STEPS, latents.shape[1]).to(device)
+        ones = torch.ones(len(prompts), device=device)
+        for step, change in enumerate(levels.diff()):
+            velocity = denoiser(latents, states, pooled, levels[step] * ones, ones, ids)
+            latents = flow_step(latents, velocity, change[None])
+        return unpack(latents, size, size)
+
+
+def load_vae(folder: Path) -> ImageAutoencoder:
+    """The trained image autoencoder, fp32 and frozen. Raises: FileNotFoundError where it is not trained yet."""
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"parts: {folder} is not there; train it first (configs/tiny/vae.yaml)")
+    vae = ImageAutoencoder.from_config(read_json(folder / "config.json"))
+    plan = encoder_plan(folder, vae.model, torch.device("cpu"), torch.float32, stem=DIFFUSERS_STEM)
+    plan.check()
+    fill([plan])
+    return vae.requires_grad_(False)
+
+
+def what_is_said(item: Item) -> str:
+    """The text that a picture is drawn from: of a prompt its words, of a map its instruction, else a caption."""
+    if item.task == "t2i":
+        return item.conversations[0]["value"]
+    if item.task == "perceive":
+        return f"{item.facts.instruction} {caption(item)}"
+    return caption(item)
+
+
+def _denoiser_tensors(denoiser: FluxTransformer) -> Iterator[tuple[str, Tensor]]:
+    """Under diffusers' names: fused q, k and v come apart."""
+    for name, tensor in denoiser.named_parameters():
+        keys = diffusers_names(name)
+        yield from zip(keys, tensor.detach().to(STORED_DTYPE).chunk(len(keys)))
+
+
+def _stored(named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    return ((name, tensor.detach().to(STORED_DTYPE)) for name, tensor in named)

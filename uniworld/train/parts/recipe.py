@@ -1,0 +1,124 @@
+"""The whole training of `tiny`, step by step. Each step goes on where it stopped, so all of it does."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from uniworld.checkpoint.locate import read_json
+from uniworld.train.parts.start import write_start
+from uniworld.train.signals import EXIT_STOPPED, StopSignals
+
+TRAINED_PARTS = ("vae", "vlm", "semantic_encoder", "base", "task_head")
+DRAWN_TASKS = "t2i,edit,perceive,compose"  # what stages 1 and 2 learn: all that ends with a picture
+DONE = "steps.json"
+POLL_S = 0.2
+GRACE_S = 300  # for a step to save after it was asked to stop
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One command of this package, or a function."""
+
+    name: str
+    command: tuple[str, ...] = ()
+    function: Callable[[], object] | None = None
+
+
+def recipe(root: Path, configs: Path, num_items: int) -> tuple[Step, ...]:
+    """The steps in order; all that they make lies in `root`.
+
+    Args:
+        configs: folder with `vae.yaml` and the others, one a training.
+        num_items: of the data set of stages 1 and 2.
+    """
+    start, data, connectors = root / "start", root / "data", root / "stage1" / "connectors"
+
+    def config(name: str) -> tuple[str, str]:
+        return str(configs / f"{name}.yaml"), f"run_dir={root / name}"
+
+    common = f"model.path={start}", f"data.sources=[{{path: {data / 'shards'}}}]"
+    parts = [
+        Step(name=part, command=("train-part", *config(part), f"parts={root}", f"words={root / 'words'}"))
+        for part in TRAINED_PARTS
+    ]
+    make = ("make-data", "-o", str(data), "--num", str(num_items), "--tasks", DRAWN_TASKS, "--format", "webdataset")
+    taken = ("--ema", "--overwrite", "-o")
+    return (
+        *parts,
+        Step(name="start", function=lambda: write_start(root, start)),
+        Step(name="data", command=make),
+        Step(name="stage1", command=("train", *config("stage1"), *common)),
+        Step(name="connectors", command=("export", str(root / "stage1"), "--connectors-only", *taken, str(connectors))),
+        Step(name="stage2", command=("train", *config("stage2"), *common, f"model.connectors={connectors}")),
+        Step(name="model", command=("export", str(root / "stage2"), *taken, str(root / "model"))),
+    )
+
+
+class Recipe:
+    """Runs steps and remembers in `root`/steps.json which are done.
+
+    Args:
+        note: called with a line before each step.
+    """
+
+    def __init__(self, root: Path, steps: tuple[Step, ...], note: Callable[[str], None] = lambda _: None):
+        self.root, self.steps, self.note = root, steps, note
+
+    @property
+    def done(self) -> list[str]:
+        path = self.root / DONE
+        return read_json(path)["done"] if path.is_file() else []
+
+    def run(self, seconds: float | None = None) -> int:
+        """All steps that are not done, for at most `seconds`; 0 where nothing is left, 143 where it was stopped.
+
+        Raises: ValueError naming the step that failed.
+        """
+        end = None if seconds is None else time.monotonic() + seconds
+        with StopSignals() as signals:
+            for number, step in enumerate(self.steps, 1):
+                if step.name in self.done:
+                    continue
+                if signals.received or (end is not None and time.monotonic() >= end):
+                    return EXIT_STOPPED
+                self.note(f"[{number}/{len(self.steps)}] {step.name}: {' '.join(step.command) or 'in this process'}")
+                if not self._run(step, end, signals):
+                    return EXIT_STOPPED
+                self._mark(step.name)
+        return 0
+
+    def _run(self, step: Step, end: float | None, signals: StopSignals) -> bool:
+        """Whether the step came to its end."""
+        if step.function is not None:
+            step.function()
+            return True
+        process = subprocess.Popen([sys.executable, "-m", "uniworld.cli", *step.command])
+        stopped = False
+        try:
+            while process.poll() is None and not stopped:
+                stopped = signals.received or (end is not None and time.monotonic() >= end)
+                if stopped:
+                    process.send_signal(signal.SIGTERM)
+                time.sleep(POLL_S)
+            process.wait(GRACE_S)
+        finally:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+        if process.returncode == 0:
+            return True
+        if stopped or process.returncode == EXIT_STOPPED:
+            return False
+        raise ValueError(f"{step.name}: failed with exit code {process.returncode}; the same command tries it again")
+
+    def _mark(self, name: str) -> None:
+        path = self.root / DONE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps({"done": [*self.done, name]}, indent=1) + "\n", encoding="utf-8")
+        part.replace(path)
