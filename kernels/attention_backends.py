@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from uniworld.kernels import attention_bf16, extension
 from uniworld.kernels.registry import INTERPRET
 
-BACKENDS = ("flash4", "flash3", "flash2", "xformers", "cudnn", "flash_sdpa", "sdpa", "math", "triton")
+BACKENDS = ("flash4", "flash3", "flash2", "xformers", "cudnn", "flash_sdpa", "cpu_bf16", "sdpa", "math", "triton")
 # (module, function) of the backends that are packages of their own, in the order tried.
 LIBRARIES = {
     "flash4": (("flash_attn.cute", "flash_attn_func"),),
@@ -24,9 +25,11 @@ LIBRARIES = {
     "flash2": (("flash_attn", "flash_attn_func"),),
     "xformers": (("xformers.ops", "memory_efficient_attention"),),
 }
-# "auto" takes the first that runs, by major compute capability. Hopper: the order of published forward rates (flash3
-# and cuDNN use wgmma and TMA, flash2 and the flash kernel inside torch do not); not measured here yet.
+# "auto" takes the first that runs, by major compute capability; 0 is no CUDA device. Hopper: the order of published
+# forward rates (flash3 and cuDNN use wgmma and TMA, flash2 and the flash kernel inside torch do not); not measured here
+# yet.
 AUTO_ORDER = {
+    0: ("cpu_bf16", "sdpa"),
     8: ("flash2", "flash_sdpa", "xformers", "cudnn", "sdpa"),
     9: ("flash3", "flash4", "cudnn", "flash2", "flash_sdpa", "xformers", "sdpa"),
     10: ("flash4", "cudnn", "flash2", "flash_sdpa", "xformers", "sdpa"),
@@ -67,6 +70,8 @@ def why_missing(name: str, device: torch.device) -> str:
     """Why a backend cannot run on this device; "" where it can."""
     if name in ("sdpa", "math") or (name == "flash_sdpa" and device.type == "cpu"):
         return ""
+    if name == "cpu_bf16":
+        return attention_bf16.why_missing() if device.type == "cpu" else "needs a CPU"
     if name == "triton" and INTERPRET:
         return ""
     if device.type != "cuda":
@@ -87,6 +92,8 @@ def why_unsuited(name: str, device: torch.device, dtype: torch.dtype, head_dim: 
     """Why an available backend cannot serve these tensors; "" where it can."""
     if name in ("sdpa", "math") or (name == "flash_sdpa" and device.type == "cpu"):
         return ""
+    if name == "cpu_bf16":
+        return attention_bf16.why_unsuited(dtype, head_dim)
     if name == "triton":
         return "" if dtype in (torch.bfloat16, torch.float32) else f"needs bfloat16 or float32, not {dtype}"
     if dtype not in (torch.bfloat16, torch.float16):
@@ -94,6 +101,13 @@ def why_unsuited(name: str, device: torch.device, dtype: torch.dtype, head_dim: 
     widest = 128 if name in ("cudnn", "flash4") else 256
     if head_dim % 8 or head_dim > widest:
         return f"needs a head_dim that is a multiple of 8 and at most {widest}, not {head_dim}"
+    return ""
+
+
+def why_not_auto(name: str) -> str:
+    """Why "auto" passes over a backend that could run; "" where it does not."""
+    if name == "cpu_bf16" and "amx_bf16" in extension.cpu_features():
+        return "this CPU has AMX, which torch's own kernel uses"
     return ""
 
 
@@ -131,7 +145,7 @@ def choose_backend(requested: str, device: torch.device | str, dtype: torch.dtyp
     order = AUTO_ORDER.get(min(capability(device), 10), ("sdpa",))
     passed = []
     for name in order:
-        if not (why := reason(name)):
+        if not (why := reason(name) or why_not_auto(name)):
             skipped = f" ({'; '.join(passed)})" if passed else ""
             return AttentionChoice(name, f"first of {', '.join(order)} that runs here{skipped}")
         passed.append(f"{name}: {why}")
@@ -143,6 +157,8 @@ def attend(name: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     if name in LIBRARIES:
         out = load_library(name)[0](q, k, v)
         return out[0] if isinstance(out, tuple) else out  # some flash versions return the log-sum-exp too
+    if name == "cpu_bf16":
+        return attention_bf16.attention_bf16(q, k, v)
     with sdpa_kernel(SDPA_BACKENDS[name]) if name in SDPA_BACKENDS else nullcontext():
         return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
 
@@ -179,4 +195,8 @@ def attend_ragged_xformers(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, 
     return load_library("xformers")[0](*flat, attn_bias=bias).view(q.shape)
 
 
-RAGGED = {"flash3": attend_ragged_flash3, "xformers": attend_ragged_xformers}
+RAGGED = {
+    "flash3": attend_ragged_flash3,
+    "xformers": attend_ragged_xformers,
+    "cpu_bf16": attention_bf16.attention_bf16,
+}

@@ -1,5 +1,6 @@
 """The compiled C++ core, `uniworld.kernels._core`, and why it is absent where it is."""
 
+from functools import cache
 from types import ModuleType
 
 import torch
@@ -28,3 +29,9 @@ def has(function: str) -> bool:
     if function == "onednn":
         return HAS_ONEDNN
     return _core is not None and hasattr(_core, function)
+
+
+@cache
+def cpu_features() -> frozenset[str]:
+    """Of "avx512_bf16" and "amx_bf16", those that this CPU and its system have; none where the core is absent."""
+    return frozenset(_core.cpu_features()) if has("cpu_features") else frozenset()

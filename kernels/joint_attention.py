@@ -27,7 +27,7 @@ def joint_attention(
 
     Returns: [B, S, H, Dh], dtype of q; rows past a sample's length are zero. A batch of unequal lengths equals each
     sample alone: backends without a call for unequal lengths run one call a sample (so do all, where gradients are
-    needed). The gradient is the backend's own; "triton" has none.
+    needed). The gradient is the backend's own; "triton" has none, and "cpu_bf16" leaves calls that need one to "sdpa".
 
     Raises:
         ValueError: shapes or lengths do not fit, the backend cannot run here, or "triton" would need a gradient.
@@ -39,6 +39,8 @@ def joint_attention(
         if needs_gradient:
             raise ValueError("attention='triton': has no backward pass; choose another backend for training")
         return varlen_attention(q, k, v, lengths_tensor(lengths or (q.shape[1],) * q.shape[0], q.device))
+    if name == "cpu_bf16" and needs_gradient:
+        name = "sdpa"  # the other has no backward pass
     if lengths is None:
         return attend(name, q, k, v)
     if len(set(lengths)) > 1 and name in RAGGED and not needs_gradient:
@@ -102,6 +104,7 @@ register(
         cases=(
             {"B": 1, "S": 1, "H": 1, "Dh": 16, "ragged": 0},
             {"B": 2, "S": 65, "H": 3, "Dh": 24, "ragged": 0},
+            {"B": 2, "S": 81, "H": 2, "Dh": 64, "ragged": 0},
             {"B": 3, "S": 77, "H": 2, "Dh": 40, "ragged": 33},
         ),
         bench_cases=({"B": 1, "S": 4608, "H": 24, "Dh": 128, "ragged": 0},),
