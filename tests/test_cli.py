@@ -561,6 +561,7 @@ def test_env_as_json(run):
     assert all(op["backend"] in BACKENDS and op["why"] for op in report["ops"].values())
     assert report["attention"]["backend"] in report["attention"]["backends"]
     assert report["attention"]["why"]
+    assert report["ops"]["joint_attention"]["why"] == f"see attention: {report['attention']['backend']}"
 
 
 def test_env_as_tables(run):

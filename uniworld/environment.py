@@ -136,6 +136,8 @@ def ops(device) -> dict[str, Report]:
             report[name] = {"backend": "none", "why": str(error)}
         else:
             report[name] = {"backend": backend, "why": why_backend(backend, device.type, op.cpp)}
+    if registry.forced_backend() == "auto":
+        report["joint_attention"]["why"] = f"see attention: {attention(device)['backend']}"
     return report
 
 
