@@ -106,7 +106,7 @@ def why_unsuited(name: str, device: torch.device, dtype: torch.dtype, head_dim: 
 
 def why_not_auto(name: str) -> str:
     """Why "auto" passes over a backend that could run; "" where it does not."""
-    if name == "cpu_bf16" and "amx_bf16" in extension.cpu_features():
+    if name == "cpu_bf16" and "amx_bf16" in extension.CPU_FEATURES:
         return "this CPU has AMX, which torch's own kernel uses"
     return ""
 

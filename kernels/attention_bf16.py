@@ -20,7 +20,7 @@ def why_missing() -> str:
     """Why this backend cannot run on this machine's CPU; "" where it can."""
     if not extension.has("attention_bf16"):
         return extension.MISSING or "the C++ core was built without it: needs x86-64 and GCC 10 or Clang"
-    return "" if "avx512_bf16" in extension.cpu_features() else "needs a CPU with AVX512-BF16"
+    return "" if "avx512_bf16" in extension.CPU_FEATURES else "needs a CPU with AVX512-BF16"
 
 
 def why_unsuited(dtype: torch.dtype, head_dim: int) -> str:

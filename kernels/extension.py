@@ -1,6 +1,5 @@
 """The compiled C++ core, `uniworld.kernels._core`, and why it is absent where it is."""
 
-from functools import cache
 from types import ModuleType
 
 import torch
@@ -14,6 +13,9 @@ except ImportError as error:
     MISSING = f"the C++ core is not built ({error}); reinstall with a C++ compiler on the PATH"
 else:
     MISSING = ""
+
+# Of "avx512_bf16" and "amx_bf16", those that this CPU and its system have; none where the core is absent.
+CPU_FEATURES = frozenset(_core.cpu_features()) if hasattr(_core, "cpu_features") else frozenset()
 
 
 def core() -> ModuleType | None:
@@ -29,9 +31,3 @@ def has(function: str) -> bool:
     if function == "onednn":
         return HAS_ONEDNN
     return _core is not None and hasattr(_core, function)
-
-
-@cache
-def cpu_features() -> frozenset[str]:
-    """Of "avx512_bf16" and "amx_bf16", those that this CPU and its system have; none where the core is absent."""
-    return frozenset(_core.cpu_features()) if has("cpu_features") else frozenset()

@@ -12,9 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from uniworld.kernels import extension
 from uniworld.kernels.gate_residual import gate_residual_adaln
 from uniworld.kernels.gelu_linear import gelu_linear
 from uniworld.kernels.joint_attention import joint_attention
+from uniworld.kernels.linear import fuses_bias, linear
 from uniworld.kernels.qk_norm_rope import qk_norm_rope
 
 
@@ -56,6 +58,13 @@ def _attend_padded(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tens
     return joint_attention(q, k, v, lengths=plan.lengths, backend=plan.backend)
 
 
+class Linear(nn.Linear):
+    """nn.Linear on `linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
 class AdaLinear(nn.Module):
     """Holds the linear that makes a block's modulation (diffusers' `norm1`, `norm`, `norm_out`)."""
 
@@ -81,10 +90,10 @@ class JointAttention(nn.Module):
         head_dim = dim // num_heads
         self.norm_q, self.norm_k = RMSScale(head_dim), RMSScale(head_dim)
         self.norm_added_q, self.norm_added_k = RMSScale(head_dim), RMSScale(head_dim)
-        self.to_qkv = nn.Linear(dim, 3 * dim)
-        self.add_qkv_proj = nn.Linear(dim, 3 * dim)
-        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
-        self.to_add_out = nn.Linear(dim, dim)
+        self.to_qkv = Linear(dim, 3 * dim)
+        self.add_qkv_proj = Linear(dim, 3 * dim)
+        self.to_out = nn.ModuleList([Linear(dim, dim)])
+        self.to_add_out = Linear(dim, dim)
 
     def forward(self, img: Tensor, txt: Tensor, plan: AttentionPlan) -> tuple[Tensor, Tensor]:
         """Normalized streams [B, L_img, D], [B, L_txt, D] -> their attention updates, same shapes."""
@@ -111,7 +120,7 @@ class SingleAttention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.norm_q, self.norm_k = RMSScale(dim // num_heads), RMSScale(dim // num_heads)
-        self.to_qkv = nn.Linear(dim, 3 * dim)
+        self.to_qkv = Linear(dim, 3 * dim)
 
     def forward(self, x: Tensor, plan: AttentionPlan) -> Tensor:
         """Normalized joint sequence [B, S, D] -> attention output before its projection [B, S, D]."""
@@ -140,7 +149,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, dim: int):
         super().__init__()
-        self.net = nn.ModuleList([GELUProjection(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim)])
+        self.net = nn.ModuleList([GELUProjection(dim, 4 * dim), nn.Identity(), Linear(4 * dim, dim)])
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net[2](self.net[0](x))
@@ -206,8 +215,12 @@ class SingleBlock(nn.Module):
 def linear_of_pair(a: Tensor, b: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """`linear(cat([a, b], -1))` without the copy: the second product is added into the first.
 
+    On a CPU in bf16 without AMX the copy costs less than a second product does, and the result is rounded once.
+
     a: [B, L, D_a]; b: [B, L, D_b]; weight: [N, D_a + D_b]; bias: [N] -> [B, L, N].
     """
+    if fuses_bias(a, b, weight, bias) and "amx_bf16" not in extension.CPU_FEATURES:
+        return linear(torch.cat([a, b], dim=-1), weight, bias)
     weight_a, weight_b = weight[:, : a.shape[-1]], weight[:, a.shape[-1] :]
     first = F.linear(a, weight_a, bias)
     return torch.addmm(first.flatten(0, 1), b.flatten(0, 1), weight_b.t()).view_as(first)
