@@ -2,6 +2,6 @@
 
 from uniworld.engine.chat import ChatReply
 from uniworld.engine.engine import Engine
-from uniworld.engine.request import Request, Result, StepInfo
+from uniworld.engine.request import Request, Result, StepCacheReport, StepInfo
 
-__all__ = ["ChatReply", "Engine", "Request", "Result", "StepInfo"]
+__all__ = ["ChatReply", "Engine", "Request", "Result", "StepCacheReport", "StepInfo"]

@@ -3,54 +3,31 @@
 import torch
 from torch import Tensor
 
-from uniworld.engine.request import Job, StepInfo
-from uniworld.kernels.flow_step import flow_step
+from uniworld.engine.graphs import GraphSteps, StepGraphs
+from uniworld.engine.request import Job, Request, StepInfo
+from uniworld.engine.step_cache import predictor
+from uniworld.engine.steps import EagerSteps, PreparedBatch, PreparedPass
 from uniworld.models import flow
-from uniworld.models.blocks import Rope
 from uniworld.models.conditioning import Conditioning
 from uniworld.models.flux import FluxTransformer
-
-
-class PreparedPass:
-    """One conditioning made ready for all steps: projected text and the modulation of every step in one table."""
-
-    def __init__(self, model: FluxTransformer, conditioning: Conditioning, sigmas: Tensor, guidance: Tensor | None):
-        self.model = model
-        self.txt = model.embed_txt(conditioning.txt)
-        self.txt_lengths = conditioning.lengths_if_padded
-        self.table = model.modulation(sigmas[:-1, None], guidance, conditioning.pooled)
-
-    def velocity(self, latents: Tensor, step: int, pe: Rope) -> Tensor:
-        return self.model.denoise(latents, self.txt, self.table[step], pe, self.txt_lengths)
 
 
 class Denoiser:
     """Runs batches of jobs of equal shape through the DiT. Latents stay fp32 between steps."""
 
-    def __init__(self, model: FluxTransformer, shift: dict[str, float] | None = None):
+    def __init__(self, model: FluxTransformer, shift: dict[str, float] | None = None, graphs: StepGraphs | None = None):
         self.model = model
         self.shift = shift or {}
+        self.graphs = StepGraphs() if graphs is None else graphs
 
     @torch.inference_mode()
     def run(self, batch: list[Job]) -> None:
-        """Fill `latents` of every job, or mark it cancelled where its `on_step` returned False."""
-        first, device = batch[0], self.model.x_embedder.weight.device
-        pe = self.model.rope(flow.image_ids(first.height, first.width, device))
-        latents = torch.cat([self._initial_latents(job) for job in batch]).to(device)
-        sigmas = flow.sigmas(first.request.num_inference_steps, latents.shape[1], **self.shift)
-        dsigma = sigmas.diff().to(device)
-        passes = self._prepare(batch, sigmas.to(device))
-
-        dtype = self.model.x_embedder.weight.dtype
-        for step in range(first.request.num_inference_steps):
-            velocities = [p.velocity(latents.to(dtype), step, pe) for p in passes]
-            scale = first.request.true_cfg_scale
-            latents = flow_step(latents, velocities[0], dsigma[step : step + 1], *velocities[1:], true_cfg_scale=scale)
-            report_step(batch, step, float(sigmas[step + 1]), latents)
-            if all(job.cancelled for job in batch):
-                break
-        for i, job in enumerate(batch):
-            job.latents = latents[i : i + 1]
+        """Fill `latents`, `graphs` and `step_cache` of every job; mark those cancelled whose `on_step` said so."""
+        prepared = self._prepare(batch)
+        steps = self._choose(prepared, batch[0].request)
+        latents = self._loop(batch, prepared, steps)
+        for i, (job, report) in enumerate(zip(batch, steps.reports())):
+            job.latents, job.graphs, job.step_cache = latents[i : i + 1], steps.how, report
 
     def check_latents(self, latents: Tensor | None, height: int, width: int) -> None:
         """Raise a ValueError unless `latents` is None or has the packed shape of a picture of this size."""
@@ -58,12 +35,43 @@ class Denoiser:
         if latents is not None and tuple(latents.shape) != shape:
             raise ValueError(f"latents: shape {tuple(latents.shape)}, must be {shape} (packed) for this size")
 
+    def _choose(self, prepared: PreparedBatch, request: Request) -> EagerSteps | GraphSteps:
+        """Whether steps are taken eagerly or as a graph is decided here and nowhere else."""
+        if why := self.graphs.why_eager(prepared, request.cache):
+            return EagerSteps(prepared, predictor(prepared, request), why)
+        return self.graphs.steps(prepared)
+
+    def _loop(self, batch: list[Job], prepared: PreparedBatch, steps: EagerSteps | GraphSteps) -> Tensor:
+        """All steps. The host never waits for the device in here, unless an `on_step` or a first-block cache does."""
+        for step in range(prepared.num_steps):
+            latents = steps.step(step)
+            report_step(batch, step, prepared.sigmas[step + 1], latents)
+            if all(job.cancelled for job in batch):
+                break
+        return latents
+
+    def _prepare(self, batch: list[Job]) -> PreparedBatch:
+        first, device = batch[0], self.model.x_embedder.weight.device
+        latents = torch.cat([self._initial_latents(job) for job in batch]).to(device)
+        sigmas = flow.sigmas(first.request.num_inference_steps, latents.shape[1], **self.shift)
+        return PreparedBatch(
+            model=self.model,
+            passes=self._passes(batch, sigmas.to(device)),
+            latents=latents,
+            pe=self.model.rope(flow.image_ids(first.height, first.width, device)),
+            sigmas=sigmas.tolist(),
+            dsigma=sigmas.diff().to(device),
+            true_cfg_scale=first.request.true_cfg_scale,
+            height=first.height,
+            width=first.width,
+        )
+
     def _initial_latents(self, job: Job) -> Tensor:
         if job.request.latents is not None:
             return job.request.latents.to("cpu", torch.float32)
         return flow.initial_noise(job.seed, job.height, job.width, self.model.config.in_channels // 4)
 
-    def _prepare(self, batch: list[Job], sigmas: Tensor) -> list[PreparedPass]:
+    def _passes(self, batch: list[Job], sigmas: Tensor) -> list[PreparedPass]:
         """The conditioned pass, and the negative one where true CFG is on."""
         guidance = None
         if self.model.config.guidance_embeds:

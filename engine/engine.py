@@ -11,10 +11,12 @@ import torch
 from PIL import Image
 
 from uniworld.checkpoint.load import load_uniworld
+from uniworld.checkpoint.precision import default_device
 from uniworld.engine.chat import ChatReply, parse_messages
 from uniworld.engine.conditioner import Conditioner
 from uniworld.engine.decoder import Decoder
 from uniworld.engine.denoiser import Denoiser
+from uniworld.engine.graphs import GraphSetting, StepGraphs
 from uniworld.engine.request import DrawingSettings, Job, Request, Result, draw_seed
 from uniworld.engine.scheduler import Scheduler
 from uniworld.kernels.attention_backends import choose_backend
@@ -34,8 +36,19 @@ class Engine:
     Not thread-safe: one thread owns an engine.
     """
 
-    def __init__(self, model: UniWorld, *, attention: str = "auto", max_batch_size: int = 4):
-        """`attention`: a backend's name, or "auto" for the fastest exact one that this machine has."""
+    def __init__(
+        self,
+        model: UniWorld,
+        *,
+        attention: str = "auto",
+        max_batch_size: int = 4,
+        cuda_graphs: GraphSetting = "auto",
+    ):
+        """`attention`: a backend's name, or "auto" for the fastest exact one that this machine has.
+
+        `cuda_graphs`: "auto" replays steps as CUDA graphs where that can be done, and `Result.graphs` says where not;
+        True raises where there is no CUDA device or recording fails, False never records.
+        """
         self.model = model
         head_dim = model.denoiser.config.attention_head_dim
         self.attention = choose_backend(attention, device=model.device, dtype=model.dtype, head_dim=head_dim)
@@ -43,7 +56,9 @@ class Engine:
         self.scheduler = Scheduler(max_batch_size)
         self._unclaimed: dict[int, Result] = {}  # of submitted requests, finished in the batches of a `run`
         self.conditioner = Conditioner(model)
-        self.denoiser = Denoiser(model.denoiser, asdict(model.time_shift))
+        graphs = StepGraphs(cuda_graphs)
+        graphs.check_device(model.device)
+        self.denoiser = Denoiser(model.denoiser, asdict(model.time_shift), graphs)
         self.decoder = Decoder(model.vae)
 
     @classmethod
@@ -60,6 +75,7 @@ class Engine:
         check_finite: bool = False,
         use_t5: bool | None = None,
         max_batch_size: int = 4,
+        cuda_graphs: GraphSetting = "auto",
     ) -> "Engine":
         """Load a model and make an engine of it.
 
@@ -70,7 +86,9 @@ class Engine:
             attention: see `uniworld env` for the names this machine has.
             progress: draw a progress bar on stderr while loading. check_finite: refuse NaN and Inf in weights.
             use_t5: False never loads T5, which saves 9.5 GB at full scale.
+            cuda_graphs: as in `Engine`.
         """
+        StepGraphs(cuda_graphs).check_device(default_device() if device is None else torch.device(device))
         loaded = load_uniworld(
             model,
             flux,
@@ -81,7 +99,7 @@ class Engine:
             check_finite=check_finite,
             use_t5=use_t5,
         )
-        return cls(loaded, attention=attention, max_batch_size=max_batch_size)
+        return cls(loaded, attention=attention, max_batch_size=max_batch_size, cuda_graphs=cuda_graphs)
 
     def edit(self, images: ImageLike | Sequence[ImageLike], prompt: str, **settings: Unpack[DrawingSettings]) -> Result:
         """Redraw reference images as `prompt` asks.
@@ -90,7 +108,8 @@ class Engine:
             images: one or several, each a PIL image, a path or encoded bytes.
             prompt: the instruction.
             settings: fields of `Request`: height, width, num_inference_steps, guidance_scale, seed, latents, use_t5,
-                pooled_prompt, true_cfg_scale, negative_prompt, vae_tiling, on_step.
+                pooled_prompt, true_cfg_scale, negative_prompt, vae_tiling, cache, cache_threshold, cache_interval,
+                cache_order, on_step.
 
         Raises: ValueError naming the field, its value and what is allowed.
         """
@@ -222,6 +241,8 @@ class Engine:
             width=job.width,
             num_inference_steps=job.request.num_inference_steps,
             cancelled=job.cancelled,
+            graphs=job.graphs,
+            step_cache=job.step_cache,
         )
 
     @contextmanager

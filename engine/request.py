@@ -23,6 +23,8 @@ from uniworld.models.vision_processor import MAX_ASPECT_RATIO
 MAX_SIDE_PX = 4096
 MAX_STEPS = 1000
 MAX_IMAGES = 8
+CACHES = ("first_block", "taylor")
+MAX_CACHE_ORDER = 3
 _ids = count()
 
 
@@ -59,7 +61,34 @@ class DrawingSettings(TypedDict, total=False):
     use_t5: bool | None
     pooled_prompt: str | None
     vae_tiling: bool
+    cache: str | None
+    cache_threshold: float
+    cache_interval: int
+    cache_order: int
     on_step: Callable[["StepInfo"], bool | None] | None
+
+
+@dataclass(frozen=True)
+class StepCacheReport:
+    """What step caching left out of one request, and how far off it may be.
+
+    computed: of each step that ran, whether all blocks ran.
+    changes: of each step a relative change, sum of |difference| over sum of |value|, the larger of two passes; None
+        where there is nothing to compare. "first_block": of the first block's update since the last computed step, the
+        number that the threshold is held against. "taylor": of what all blocks add, extrapolated against computed, so
+        only at computed steps: an estimate of the error of the steps between them.
+    """
+
+    computed: tuple[bool, ...]
+    changes: tuple[float | None, ...]
+
+    @property
+    def num_computed(self) -> int:
+        return sum(self.computed)
+
+    @property
+    def num_saved(self) -> int:
+        return len(self.computed) - self.num_computed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +99,9 @@ class Request:
     (square without one) at the model's area. true_cfg_scale above 1 runs a second pass with `negative_prompt`.
     use_t5: None uses T5 where it is loaded. pooled_prompt: text for CLIP; None is the prompt when T5 is used, else "".
     latents: packed initial noise [1, L, C] instead of the seed's. system: a system turn, none by default.
+    cache: leave out blocks of some steps, faster and lossy: "first_block" where the first block's update has changed by
+    less than cache_threshold (0: never) since the last computed step, "taylor" all but every cache_interval-th step,
+    extrapolated by a polynomial of degree cache_order.
     """
 
     prompt: str
@@ -87,6 +119,10 @@ class Request:
     use_t5: bool | None = None
     pooled_prompt: str | None = None
     vae_tiling: bool = False
+    cache: str | None = None
+    cache_threshold: float = 0.08
+    cache_interval: int = 3
+    cache_order: int = 1
     on_step: Callable[[StepInfo], bool | None] | None = None
 
     def __post_init__(self):
@@ -116,6 +152,26 @@ class Request:
             raise ValueError("negative_prompt: only has an effect with true_cfg_scale above 1")
         if self.seed is not None and not 0 <= self.seed < 2**63:
             raise ValueError(f"seed={self.seed}: must be from 0 to 2**63 - 1")
+        check_cache(self)
+
+    @property
+    def cache_settings(self) -> tuple | None:
+        """The settings of step caching that count; None without it."""
+        if self.cache == "taylor":
+            return self.cache, self.cache_interval, self.cache_order
+        return self.cache and (self.cache, self.cache_threshold)
+
+
+def check_cache(request: Request) -> None:
+    """Raise unless the settings of step caching are ones."""
+    if request.cache not in (None, *CACHES):
+        raise ValueError(f"cache={request.cache!r}: must be {' or '.join(CACHES)}, or None for no caching")
+    if not 0 <= request.cache_threshold <= 1:
+        raise ValueError(f"cache_threshold={request.cache_threshold}: must be from 0 (computes every step) to 1")
+    for name, lowest, highest in (("cache_interval", 1, MAX_STEPS), ("cache_order", 0, MAX_CACHE_ORDER)):
+        value = getattr(request, name)
+        if not isinstance(value, Integral) or not lowest <= value <= highest:
+            raise ValueError(f"{name}={value!r}: must be a whole number from {lowest} to {highest}")
 
 
 def check_side(name: str, value: int | None) -> None:
@@ -151,6 +207,8 @@ class Job:
     conditioning: Conditioning | None = None  # conditioner
     negative: Conditioning | None = None  # conditioner, with true CFG only
     latents: Tensor | None = None  # denoiser, packed [1, L, C] fp32
+    graphs: str = ""  # denoiser
+    step_cache: StepCacheReport | None = None  # denoiser, with step caching only
     image: Image.Image | None = None  # decoder
     cancelled: bool = False
     timings: dict[str, float] = field(default_factory=dict)  # seconds by room
@@ -159,12 +217,17 @@ class Job:
     def batch_key(self) -> tuple:
         """Jobs with equal keys may share a batch."""
         request = self.request
-        return self.height, self.width, request.num_inference_steps, request.true_cfg_scale, request.vae_tiling
+        steps = request.num_inference_steps, request.true_cfg_scale, request.cache_settings
+        return self.height, self.width, steps, request.vae_tiling
 
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """A finished request. `images` is empty where it was cancelled. `timings` are seconds by room."""
+    """A finished request. `images` is empty where it was cancelled. `timings` are seconds by room.
+
+    `graphs` says whether steps were replayed as a CUDA graph: "graph", "graph, recorded for this shape" or "eager: "
+    and why. `step_cache` says what step caching left out, where it was asked for.
+    """
 
     images: list[Image.Image]
     latents: Tensor | None
@@ -174,6 +237,8 @@ class Result:
     width: int
     num_inference_steps: int
     cancelled: bool = False
+    graphs: str = ""
+    step_cache: StepCacheReport | None = None
 
 
 def draw_seed(seed: int | None) -> int:

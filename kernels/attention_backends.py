@@ -166,7 +166,10 @@ def attend(name: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 @lru_cache(maxsize=4096)
 def lengths_tensor(lengths: tuple[int, ...], device: torch.device) -> Tensor:
     """`lengths` as int32 on the device, made once. A captured CUDA graph must keep the tensor that it reads."""
-    return torch.tensor(lengths, dtype=torch.int32, device=device)
+    made = torch.tensor(lengths, dtype=torch.int32)
+    if device.type != "cuda":
+        return made.to(device)
+    return made.pin_memory().to(device, non_blocking=True)  # from pageable memory the host would wait for the device
 
 
 def attend_ragged_flash3(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...]) -> Tensor:
@@ -183,14 +186,20 @@ def attend_ragged_flash3(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ..
     return (out[0] if isinstance(out, tuple) else out).view(q.shape)
 
 
+@lru_cache(maxsize=256)
+def padded_keys_mask(lengths: tuple[int, ...], S: int, device: torch.device):
+    """xformers' mask for samples that start S tokens apart, made once: it is sent to the device from the host."""
+    mask = importlib.import_module("xformers.ops.fmha.attn_bias").BlockDiagonalPaddedKeysMask
+    return mask.from_seqlens(q_seqlen=[S] * len(lengths), kv_padding=S, kv_seqlen=list(lengths), device=device)
+
+
 def attend_ragged_xformers(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...]) -> Tensor:
     """One call in which every token asks and only valid tokens answer.
 
     Padding must be finite, and its rows come out undefined.
     """
     B, S = q.shape[:2]
-    mask = importlib.import_module("xformers.ops.fmha.attn_bias").BlockDiagonalPaddedKeysMask
-    bias = mask.from_seqlens(q_seqlen=[S] * B, kv_padding=S, kv_seqlen=list(lengths), device=q.device)
+    bias = padded_keys_mask(lengths, S, q.device)
     flat = (t.reshape(1, B * S, *t.shape[2:]) for t in (q, k, v))
     return load_library("xformers")[0](*flat, attn_bias=bias).view(q.shape)
 

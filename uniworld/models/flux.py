@@ -8,7 +8,7 @@ Letters: B batch, N sampling steps, L tokens of a stream, D channels.
 
 import math
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -106,6 +106,28 @@ def sinusoid(t: Tensor) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
+class PassPlan(NamedTuple):
+    """What the pieces of one pass share; made by `FluxTransformer.plan`."""
+
+    num_img: int
+    doubles: list[tuple[Modulation, Modulation, Modulation, Modulation]]
+    singles: list[Modulation]
+    output: tuple[Tensor, Tensor]  # scale and shift of the output head, each [B, D]
+    attention: AttentionPlan
+
+
+class Streams(NamedTuple):
+    """Both residual streams between two double blocks, plain and as the next block takes them (None behind the last).
+
+    img, img_normed: [B, L_img, D]; txt, txt_normed: [B, L_txt, D].
+    """
+
+    img: Tensor
+    txt: Tensor
+    img_normed: Tensor | None
+    txt_normed: Tensor | None
+
+
 class FluxTransformer(nn.Module):
     """FLUX.1 DiT: `forward` is one prediction; samplers call its pieces so as to prepare a request once.
 
@@ -193,13 +215,35 @@ class FluxTransformer(nn.Module):
 
         Returns: velocity [B, L_img, out_channels].
         """
-        num_img = img.shape[1]
-        lengths = None if txt_lengths is None else tuple(num_img + n for n in txt_lengths)
-        plan = AttentionPlan(pe, lengths, self.attention_backend)
-        doubles, singles, (out_scale, out_shift) = self._split(modulation)
+        plan = self.plan(img.shape[1], modulation, pe, txt_lengths)
+        return self.remaining_blocks(self.first_block(self.x_embedder(img), txt, plan), plan)[1]
 
-        x = self._double_blocks(self.x_embedder(img), txt, doubles, plan)
-        return self._single_blocks(x, singles, out_scale, out_shift, plan, num_img)
+    def plan(self, num_img: int, modulation: Tensor, pe: Rope, txt_lengths: tuple[int, ...] | None = None) -> PassPlan:
+        """What the pieces of one pass share; arguments as in `denoise`.
+
+        `denoise` is `first_block`, then `remaining_blocks`; a sampler that replaces the latter ends with `output`.
+        """
+        doubles, singles, output = self._split(modulation)
+        lengths = None if txt_lengths is None else tuple(num_img + n for n in txt_lengths)
+        return PassPlan(num_img, doubles, singles, output, AttentionPlan(pe, lengths, self.attention_backend))
+
+    def first_block(self, img: Tensor, txt: Tensor, plan: PassPlan) -> Streams:
+        """The first double block; img: from `x_embedder` [B, L_img, D]; txt: as in `denoise`."""
+        img_attn, _, txt_attn, _ = plan.doubles[0]
+        img_normed = adaln_modulate(img, img_attn.scale, img_attn.shift)
+        txt_normed = adaln_modulate(txt, txt_attn.scale, txt_attn.shift)
+        return self._double_block(0, Streams(img, txt, img_normed, txt_normed), plan)
+
+    def remaining_blocks(self, streams: Streams, plan: PassPlan) -> tuple[Tensor, Tensor]:
+        """What follows `first_block`: the image's stream behind the last block [B, L_img, D], and the velocity."""
+        for i in range(1, len(self.transformer_blocks)):
+            streams = self._double_block(i, streams, plan)
+        return self._single_blocks(torch.cat([streams.img, streams.txt], dim=1), plan)
+
+    def output(self, img: Tensor, plan: PassPlan) -> Tensor:
+        """The velocity [B, L_img, out_channels] of an image stream as it is behind the last block [B, L_img, D]."""
+        scale, shift = plan.output
+        return self.proj_out(adaln_modulate(img, scale, shift))
 
     def _split(self, modulation: Tensor):
         """Views of one row of the table: 4 triples a double block, 1 a single block, (scale, shift) of the output."""
@@ -209,27 +253,26 @@ class FluxTransformer(nn.Module):
         doubles = [tuple(triples[i : i + 4]) for i in range(0, num_double, 4)]
         return doubles, triples[num_double:], vectors[-2:]
 
-    def _double_blocks(self, img: Tensor, txt: Tensor, modulations, plan: AttentionPlan) -> Tensor:
-        """Run the double blocks and join the streams, image first: [B, L_img + L_txt, D]."""
-        img_normed = adaln_modulate(img, modulations[0][0].scale, modulations[0][0].shift)
-        txt_normed = adaln_modulate(txt, modulations[0][2].scale, modulations[0][2].shift)
-        for i, block in enumerate(self.transformer_blocks):
-            _, img_mlp, _, txt_mlp = modulations[i]
-            img, txt, img_update, txt_update = block(img, txt, img_normed, txt_normed, modulations[i], plan)
-            if i + 1 < len(self.transformer_blocks):
-                img_next, _, txt_next, _ = modulations[i + 1]
-                img, img_normed = gate_residual_adaln(img, img_update, img_mlp.gate, img_next.scale, img_next.shift)
-                txt, txt_normed = gate_residual_adaln(txt, txt_update, txt_mlp.gate, txt_next.scale, txt_next.shift)
-        img = gate_residual(img, img_update, img_mlp.gate)
-        return torch.cat([img, gate_residual(txt, txt_update, txt_mlp.gate)], dim=1)
+    def _double_block(self, index: int, streams: Streams, plan: PassPlan) -> Streams:
+        """One double block with its last gated add, fused with the norms that the next one starts with."""
+        img, txt, img_update, txt_update = self.transformer_blocks[index](*streams, plan.doubles[index], plan.attention)
+        _, img_mlp, _, txt_mlp = plan.doubles[index]
+        if index + 1 == len(self.transformer_blocks):  # the joint sequence is normalized instead
+            return Streams(
+                gate_residual(img, img_update, img_mlp.gate), gate_residual(txt, txt_update, txt_mlp.gate), None, None
+            )
+        img_next, _, txt_next, _ = plan.doubles[index + 1]
+        img, img_normed = gate_residual_adaln(img, img_update, img_mlp.gate, img_next.scale, img_next.shift)
+        txt, txt_normed = gate_residual_adaln(txt, txt_update, txt_mlp.gate, txt_next.scale, txt_next.shift)
+        return Streams(img, txt, img_normed, txt_normed)
 
-    def _single_blocks(self, x: Tensor, modulations, out_scale, out_shift, plan: AttentionPlan, num_img: int) -> Tensor:
-        """Run the single blocks and the output head on the image rows: [B, L_img, out_channels]."""
-        normed = adaln_modulate(x, modulations[0].scale, modulations[0].shift)
+    def _single_blocks(self, x: Tensor, plan: PassPlan) -> tuple[Tensor, Tensor]:
+        """Run the single blocks, and the output head on the image rows: see `remaining_blocks`."""
+        singles = plan.singles
+        normed = adaln_modulate(x, singles[0].scale, singles[0].shift)
         for i, block in enumerate(self.single_transformer_blocks):
-            update, gate = block(normed, plan), modulations[i].gate
+            update, gate = block(normed, plan.attention), singles[i].gate
             if i + 1 < len(self.single_transformer_blocks):
-                x, normed = gate_residual_adaln(x, update, gate, modulations[i + 1].scale, modulations[i + 1].shift)
-        x, update = x[:, :num_img], update[:, :num_img]
-        _, normed = gate_residual_adaln(x, update, gate, out_scale, out_shift)
-        return self.proj_out(normed)
+                x, normed = gate_residual_adaln(x, update, gate, singles[i + 1].scale, singles[i + 1].shift)
+        x, normed = gate_residual_adaln(x[:, : plan.num_img], update[:, : plan.num_img], gate, *plan.output)
+        return x, self.proj_out(normed)

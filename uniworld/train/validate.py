@@ -71,7 +71,7 @@ def draw(config: TrainConfig, model: UniWorld) -> list[Image.Image]:
     """One picture a prompt, always from the same noise, of the area that is trained on."""
     backend, state = model.denoiser.attention_backend, torch.get_rng_state()
     try:
-        engine = Engine(model, attention=backend, max_batch_size=1)
+        engine = Engine(model, attention=backend, max_batch_size=1, cuda_graphs=False)  # memory is the training's
         return [engine.run([request])[0].images[0] for request in requests(config)]
     finally:
         torch.set_rng_state(state)
