@@ -56,6 +56,8 @@ class FakeEngine:
             width=64,
             height=64,
             num_inference_steps=settings["num_inference_steps"],
+            graphs="eager: a fake",
+            step_cache=settings["cache"] and SimpleNamespace(num_computed=1),
         )
 
     def edit(self, images, prompt, **settings):
@@ -281,8 +283,10 @@ def test_options_reach_the_engine(run, fake):
             "math",
             "--check-finite",
         ),
+        *("--no-cuda-graphs", "--cache", "taylor", "--cache-interval", 4, "--cache-order", 2),
     )
     assert (code, out) == (0, "hat.png\n"), err
+    assert "3 steps (1 computed)" in err
     (_, images, prompt, settings) = fake.calls[0]
     assert [image.size for image in images] == [(451, 300)] * 2
     assert prompt == "a hat"
@@ -297,6 +301,10 @@ def test_options_reach_the_engine(run, fake):
         "seed": 5,
         "use_t5": False,
         "vae_tiling": True,
+        "cache": "taylor",
+        "cache_threshold": 0.08,
+        "cache_interval": 4,
+        "cache_order": 2,
     }
     options, use_t5 = fake.loads[0]
     assert use_t5 is False
@@ -308,6 +316,7 @@ def test_options_reach_the_engine(run, fake):
         "dtype": "float32",
         "attention": "math",
         "check_finite": True,
+        "cuda_graphs": False,
     }
 
 

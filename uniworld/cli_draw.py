@@ -38,6 +38,9 @@ OPTION_OF_FIELD = {
     "guidance_scale": "--guidance",
     "true_cfg_scale": "--true-cfg",
     "seed": "--seed",
+    "cache_threshold": "--cache-threshold",
+    "cache_interval": "--cache-interval",
+    "cache_order": "--cache-order",
 }
 
 Draw = Callable[["Engine", Sequence["Image.Image"], dict[str, Any]], "Result"]
@@ -104,6 +107,7 @@ def _draw_to_file(
     print_drawn(console, result)
     if report.verbose:
         print_timings(console, {"load": load_s, **result.timings}, result.num_inference_steps)
+        console.print(f"steps run as: {result.graphs}", markup=False)
     print(output, flush=True)
 
 
@@ -142,6 +146,7 @@ def load_engine(load: LoadOptions, use_t5: bool | None, report: ReportOptions) -
         progress=not report.quiet,
         check_finite=load.check_finite,
         use_t5=use_t5,
+        cuda_graphs="auto" if load.cuda_graphs is None else load.cuda_graphs,
     )
     return engine, time.perf_counter() - start
 
@@ -232,6 +237,8 @@ def step_progress(
 def print_drawn(console: Console, result: "Result") -> None:
     seconds = result.timings["total"]
     steps = f"{result.num_inference_steps} step{'s' if result.num_inference_steps > 1 else ''}"
+    if result.step_cache is not None:
+        steps += f" ({result.step_cache.num_computed} computed)"
     console.print(f"{result.width}x{result.height} px, {steps}, seed {result.seed}, {seconds:.1f} s")
 
 

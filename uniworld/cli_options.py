@@ -27,6 +27,13 @@ class Dtype(StrEnum):
     float32 = "float32"
 
 
+class Cache(StrEnum):
+    """Ways to leave out blocks of some steps."""
+
+    first_block = "first_block"
+    taylor = "taylor"
+
+
 @dataclass(frozen=True, kw_only=True)
 class LoadOptions:
     """Which model, where and how."""
@@ -70,6 +77,15 @@ class LoadOptions:
         bool,
         typer.Option("--check-finite", help="Refuse weights that hold NaN or infinity.", rich_help_panel=MODEL_PANEL),
     ] = False
+    cuda_graphs: Annotated[
+        bool | None,
+        typer.Option(
+            "--cuda-graphs/--no-cuda-graphs",
+            help="Replay steps as CUDA graphs; default: where it can be done, and -v says where not.",
+            rich_help_panel=MODEL_PANEL,
+            show_default=False,
+        ),
+    ] = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +122,26 @@ class DrawOptions:
     vae_tiling: Annotated[
         bool, typer.Option("--vae-tiling", help="Decode in tiles: less memory.", rich_help_panel=DRAW_PANEL)
     ] = False
+    cache: Annotated[
+        Cache | None,
+        typer.Option(
+            help="Leave out blocks of some steps: faster, and the picture changes.",
+            rich_help_panel=DRAW_PANEL,
+            show_default=False,
+        ),
+    ] = None
+    cache_threshold: Annotated[
+        float,
+        typer.Option(
+            help="first_block: reuse below this relative change; 0 computes every step.", rich_help_panel=DRAW_PANEL
+        ),
+    ] = 0.08
+    cache_interval: Annotated[
+        int, typer.Option(help="taylor: compute one step of so many.", rich_help_panel=DRAW_PANEL)
+    ] = 3
+    cache_order: Annotated[
+        int, typer.Option(help="taylor: degree of the extrapolation.", rich_help_panel=DRAW_PANEL)
+    ] = 1
 
     def settings(self) -> dict[str, Any]:
         """The keyword arguments of `Engine.edit` and its siblings."""
@@ -122,6 +158,10 @@ class DrawOptions:
             "seed": self.seed,
             "use_t5": self.t5,
             "vae_tiling": self.vae_tiling,
+            "cache": None if self.cache is None else self.cache.value,
+            "cache_threshold": self.cache_threshold,
+            "cache_interval": self.cache_interval,
+            "cache_order": self.cache_order,
         }
 
 
