@@ -35,14 +35,29 @@ def pytest_unconfigure(config):
         exit_process(config.exit_code)
 
 
+def rows_folder(config) -> Path | None:
+    chosen = config.getoption("--rows") or os.environ.get(rows.ROWS_VARIABLE)
+    return Path(chosen) if chosen else None
+
+
+@pytest.fixture
+def report_count(request):
+    """`report_count(bench, case, side, dtype, **figures)`: keep counted figures as a row; no clock, and no device."""
+
+    def keep(bench: str, case: str, side: str, dtype: torch.dtype, **figures) -> None:
+        row = {"bench": bench, "case": case, "side": side, "dtype": str(dtype).removeprefix("torch."), **figures}
+        rows.write(rows_folder(request.config), row | rows.stamp("counted"))
+
+    return keep
+
+
 @pytest.fixture
 def report(request, benchmark):
     """`report(bench, case, side, dtype, samples, **more)`: show a measurement, and keep it as a row where asked.
 
     `kind="cpu"` says that a bench runs on the CPU even where there is a GPU.
     """
-    chosen = request.config.getoption("--rows") or os.environ.get(rows.ROWS_VARIABLE)
-    folder = Path(chosen) if chosen else None
+    folder = rows_folder(request.config)
 
     def keep(bench: str, case: str, side: str, dtype: torch.dtype, samples: Samples, kind: str = KIND, **more) -> None:
         row = {"bench": bench, "case": case, "side": side, "dtype": str(dtype).removeprefix("torch.")}

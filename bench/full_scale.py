@@ -15,7 +15,7 @@ import torch
 from full_model import FULL_SIZE, TINY_SIZE, denoiser_config, random_uniworld
 from peers import MISSING, diffusers_flux, random_flux, relative_error, run_diffusers, same_attention
 from PIL import Image
-from timing import Call, Samples, interleave
+from timing import Call, Samples, capture, interleave
 
 from uniworld.engine import Engine
 from uniworld.engine.cache import ConditioningCache
@@ -64,7 +64,9 @@ class Case:
 
 
 CASES = [Case(task, size) for size in ((512, 1024) if FULL else (128,)) for task in ("text to image", "edit")]
-STEP_SIDES = ("ours", "diffusers eager", "diffusers compiled")
+GRAPH, CACHED = "ours, CUDA graph", "ours, taylor cache"
+STEP_SIDES = ("ours", GRAPH, "diffusers eager", "diffusers compiled")
+REQUEST_SIDES = ("ours", CACHED, "diffusers eager", "diffusers compiled")
 
 
 @functools.cache
@@ -87,8 +89,10 @@ def test_gemm(report):
 @pytest.mark.parametrize("side", STEP_SIDES)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_step(case, side, report):
-    if side != "ours" and not HAS_DIFFUSERS:
+    if not side.startswith("ours") and not HAS_DIFFUSERS:
         pytest.skip(MISSING)
+    if side == GRAPH and not CUDA:
+        pytest.skip("needs a CUDA device")
     measured = steps()[case, side]
     if isinstance(measured, BaseException):
         raise measured
@@ -112,6 +116,8 @@ def steps() -> dict:
         inputs = step_inputs(case, ours, DTYPE)
         calls = {"ours": prepared_step(ours, inputs)}
         calls |= {side: functools.partial(peer_step, model, inputs) for side, model in models.items()}
+        if CUDA:
+            calls[GRAPH] = replayed(calls["ours"])
         done, runnable = {}, {}
         for side, call in calls.items():
             try:
@@ -180,6 +186,19 @@ def prepared_step(model: FluxTransformer, inputs: dict[str, torch.Tensor]) -> Ca
     return step
 
 
+def replayed(step: Call) -> Call:
+    """`step` as a CUDA graph, recorded at the first call; the result is the one that each replay overwrites."""
+    made = {}
+
+    def call() -> torch.Tensor:
+        if not made:
+            made["replay"] = capture(lambda: made.update(result=step()))
+        made["replay"]()
+        return made["result"]
+
+    return call
+
+
 def peer_step(model, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     with torch.inference_mode(), same_attention(DEVICE):
         return run_diffusers(model, **inputs)
@@ -206,7 +225,7 @@ def free() -> None:
 
 def request_sides(case: Case) -> tuple[str, ...]:
     """The compiled peer only at the largest size: every shape costs it a compilation."""
-    return STEP_SIDES if case.size_px == CASES[-1].size_px else STEP_SIDES[:2]
+    return REQUEST_SIDES if case.size_px == CASES[-1].size_px else REQUEST_SIDES[:3]
 
 
 @pytest.mark.skipif(not HAS_DIFFUSERS, reason=f"{MISSING}; requests need its VAE")
@@ -241,6 +260,7 @@ def requests() -> dict:
         images = [picture] if case.task == "edit" else []
         settings = {"height": case.size_px, "width": case.size_px, "num_inference_steps": NUM_STEPS, "seed": 7}
         calls = {"ours": functools.partial(draw_ours, engine, images, settings)}
+        calls[CACHED] = functools.partial(draw_ours, engine, images, settings | {"cache": "taylor"})
         calls |= {side: functools.partial(draw_theirs, peer, images, settings) for side, peer in peers.items()}
         calls = {side: call for side, call in calls.items() if side in request_sides(case)}
         done, runnable = {}, {}

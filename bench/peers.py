@@ -55,7 +55,8 @@ def diffusers_flux(ours: FluxTransformer, device: str):
             axes_dims_rope=config.axes_dims_rope,
         )
     theirs.load_state_dict(split_qkv(dict(ours.named_parameters())), strict=True, assign=True)
-    return theirs.eval().requires_grad_(False).to(device)
+    theirs.eval().requires_grad_(False)
+    return theirs.to(device) if any(True for _ in theirs.buffers()) else theirs  # its parameters are where ours are
 
 
 def split_qkv(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -25,7 +25,9 @@ KEY = ("bench", "case", "side", "dtype", "device")  # what makes two rows the sa
 
 @functools.cache
 def device_name(kind: str) -> str:
-    """The accelerator's name, or the processor's with its number of cores."""
+    """The accelerator's name, or the processor's with its number of cores; "none" of what is counted."""
+    if kind == "counted":
+        return "none"
     if kind == "cuda":
         import torch
 
@@ -65,7 +67,7 @@ def _git(*arguments: str) -> str:
 
 
 def stamp(kind: str) -> dict[str, Any]:
-    """What every row says about where it comes from; `kind` is "cpu" or "cuda"."""
+    """What every row says about where it comes from; `kind` is "cpu", "cuda", or "counted" where no clock ran."""
     import torch
 
     place = {"device": device_name(kind), "kind": kind}

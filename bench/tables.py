@@ -162,6 +162,29 @@ def ema_table(rows: list[Row]) -> str:
     return table(header, lines)
 
 
+def counts_step_table(rows: list[Row]) -> str:
+    header = ("step", "side", "kernels", "of diffusers'", "TFLOPs", "of F(S)", "GB read and written")
+    lines = [
+        (row["case"], row["side"], str(row["kernels"]), number(row, "kernels_of_diffusers", "{:.2f}"))
+        + (f"{row['flops'] / 1e12:.3f}", number(row, "flops_of_formula", "{:.4f}"), f"{row['bytes'] / 1e9:.1f}")
+        for row in rows
+    ]
+    return table(header, lines)
+
+
+def counts_ops_table(rows: list[Row]) -> str:
+    header = ("op and case", "floor, MB", "ours, MB", "of the floor", "kernels")
+    header = (*header, "torch eager, MB", "of the floor", "kernels")
+    lines = []
+    for group in groups(rows):
+        ours, eager = side_of(group, "ours"), side_of(group, "torch eager")
+        cells = [ours["case"], f"{ours['floor_bytes'] / 1e6:.2f}"]
+        for row in (ours, eager):
+            cells += [f"{row['bytes'] / 1e6:.2f}", number(row, "of_floor", "{:.3f}"), str(row["kernels"])]
+        lines.append(tuple(cells))
+    return table(header, lines)
+
+
 def sources_table(rows: list[Row]) -> str:
     """Where the rows of one kind of device come from: one line a bench and commit."""
     header = ("bench", "device", "commit", "date", "versions")
@@ -183,6 +206,8 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "ema": ema_table,
     "region_mask": region_mask_table,
     "full_scale": full_scale_table,
+    "counts_step": counts_step_table,
+    "counts_ops": counts_ops_table,
 }
 
 

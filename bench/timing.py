@@ -92,14 +92,15 @@ def _runner(calls: Sequence[Call], graphs: bool, device: str, warmup: int) -> tu
     torch.cuda.synchronize()
     if graphs:
         try:
-            return _capture(run), "cuda graph", len(calls)
+            return capture(run), "cuda graph", len(calls)
         except RuntimeError as error:  # what cannot be captured is timed launch by launch, and its row says so
             print(f"not captured as a CUDA graph: {str(error).splitlines()[0]}")
             torch.cuda.synchronize()
     return run, "cuda events", len(calls)
 
 
-def _capture(run: Call) -> Call:
+def capture(run: Call) -> Call:
+    """`run` as a CUDA graph: what replays it."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

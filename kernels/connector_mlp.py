@@ -6,6 +6,7 @@ Letters: T input rows, K input channels, C hidden channels, N output channels, R
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from uniworld.kernels.linear_epilogue import (
     LARGE_TILE,
@@ -151,6 +152,20 @@ def _forward_op(
 @_forward_op.register_fake
 def _(x, w1, b1, w2, b2, rows, num_rows, base):
     return x.new_empty(num_rows, w2.shape[0])
+
+
+def _flops_of_shapes(x_shape, w1_shape, w2_shape) -> int:
+    return 2 * x_shape[0] * w1_shape[0] * (x_shape[1] + w2_shape[0])
+
+
+@register_flop_formula(torch.ops.uniworld.connector_mlp)
+def _(x_shape, w1_shape, b1_shape, w2_shape, *args, **kwargs) -> int:
+    return _flops_of_shapes(x_shape, w1_shape, w2_shape)
+
+
+@register_flop_formula(torch.ops.uniworld.connector_mlp_)
+def _(buffer_shape, x_shape, w1_shape, b1_shape, w2_shape, *args, **kwargs) -> int:
+    return _flops_of_shapes(x_shape, w1_shape, w2_shape)
 
 
 @torch.library.custom_op("uniworld::connector_mlp_hidden", mutates_args=())

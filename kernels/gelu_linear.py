@@ -3,9 +3,12 @@
 Letters: M tokens (all leading dimensions together), K input channels, N output channels.
 """
 
+from math import prod
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from uniworld.kernels.linear_epilogue import (
     LARGE_TILE,
@@ -75,6 +78,12 @@ def _forward_op(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 @_forward_op.register_fake
 def _(x, weight, bias):
     return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+@register_flop_formula(torch.ops.uniworld.gelu_linear)
+def _(x_shape, weight_shape, *args, **kwargs) -> int:
+    """For `torch.utils.flop_counter`: the matrix product."""
+    return 2 * prod(x_shape) * weight_shape[0]
 
 
 def _make_inputs(M, K, N, dtype, device):

@@ -352,7 +352,9 @@ def _builds(element):
 
 
 def _bytes_moved(case):
-    return 2 * 2 * 3 * case["B"] * (case["Li"] + case["Lt"]) * case["H"] * case["Dh"]
+    """Of a forward pass without gradients, which leaves the values of a single stream where they are."""
+    parts = 3 if case["Lt"] else 2
+    return 2 * 2 * parts * case["B"] * (case["Li"] + case["Lt"]) * case["H"] * case["Dh"]
 
 
 register(

@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from uniworld.kernels.registry import INTERPRET, Op, TritonBuild, backend_for, register, triton_build
 
@@ -146,6 +147,13 @@ def _forward_op(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
 @_forward_op.register_fake
 def _(q, k, v, lengths):
     return q.new_empty(q.shape)
+
+
+@register_flop_formula(torch.ops.uniworld.varlen_attention)
+def _(q_shape, *args, **kwargs) -> int:
+    """For `torch.utils.flop_counter`: both products over all S tokens, as if nothing were padding."""
+    B, S, H, Dh = q_shape
+    return 4 * B * H * S * S * Dh
 
 
 def _make_inputs(B, S, H, Dh, ragged, dtype, device):
