@@ -135,6 +135,11 @@ class StepGraphs:
         self._graphs.clear()
         self._too_large.clear()
 
+    def forbid(self, why: str) -> None:
+        """Record nothing from now on: for whoever lets steps do what a recording must not hold."""
+        self.clear()
+        self._broken = why
+
     def check_device(self, device: torch.device) -> None:
         """Raise a ValueError where graphs are required and this device has none."""
         if self.setting is True and device.type != self.recorder.device_type:

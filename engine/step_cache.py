@@ -13,6 +13,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from uniworld.engine.request import Request, StepCacheReport
 from uniworld.engine.steps import AllBlocks, Predictor, PreparedBatch, PreparedPass
@@ -105,7 +106,7 @@ class FirstBlockCache:
         rows = [i for i, c in enumerate(computed) if c]
         if not rows:
             return reused
-        part = Streams(*(None if t is None else take(t, rows) for t in streams))
+        part = tree_map_only(Tensor, partial(take, rows=rows), streams)
         lengths = prepared.txt_lengths and tuple(prepared.txt_lengths[i] for i in rows)
         plan = model.plan(part.img.shape[1], take(prepared.table[step], rows), self.batch.pe, lengths)
         img, velocity = model.remaining_blocks(part, plan)

@@ -33,8 +33,8 @@ def test_tables_without_rows_say_so(bench):
 def test_a_changed_row_changes_the_page(bench):
     rows, tables = bench
     found = rows.read()
-    assert found
-    found[0] |= {"median_s": 12345.0, "error": 0.5}
+    timed = [row for row in found if "median_s" in row]
+    timed[0] |= {"median_s": 12345.0, "error": 0.5}
     page = tables.PAGE.read_text(encoding="utf-8")
     assert tables.render(page, found) != page
 

@@ -208,6 +208,14 @@ def test_clear_forgets():
     assert recorder.num_recorded == 2
 
 
+def test_forbidden_is_eager():
+    denoiser = make_denoiser(FakeRecorder())
+    draw(denoiser, make_job(1))
+    denoiser.graphs.forbid("steps wait for another process")
+    assert draw(denoiser, make_job(1))[0].graphs == "eager: steps wait for another process"
+    assert len(denoiser.graphs) == 0
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not GPU, reason="needs a GPU")
 @pytest.mark.parametrize("cfg", [1.0, 3.0])
