@@ -118,7 +118,7 @@ fi
 
 section build 120 "$PYTHON" setup.py build_ext --inplace
 section kernel_tests 130 "${PYTEST[@]}" "${PARALLEL[@]}" "${SOME[@]}" tests/test_kernels.py
-section gpu_tests 45 "${PYTEST[@]}" "${PARALLEL[@]}" -m gpu tests
+section gpu_tests 70 "${PYTEST[@]}" "${PARALLEL[@]}" -m gpu tests
 section steps 170 "${PYTEST[@]}" -k "gemm or step" bench/full_scale.py
 section ops 170 "${PYTEST[@]}" "${SOME[@]}" bench/ops.py
 section requests 150 "${PYTEST[@]}" -k request bench/full_scale.py

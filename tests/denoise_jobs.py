@@ -1,5 +1,7 @@
 """A small DiT, jobs for it without encoders, and stand-ins for what records CUDA graphs."""
 
+from dataclasses import replace
+
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -11,21 +13,15 @@ from uniworld.models.conditioning import Conditioning
 from uniworld.models.flux import FluxConfig, FluxTransformer
 
 HEIGHT, WIDTH = 64, 80  # 20 tokens
-CONFIG = {
-    "in_channels": 16,
-    "num_layers": 2,
-    "num_single_layers": 3,
-    "attention_head_dim": 16,
-    "num_attention_heads": 4,
-    "joint_attention_dim": 48,
-    "pooled_projection_dim": 32,
-    "axes_dims_rope": (4, 6, 6),
-}
+WIDTHS = {"in_channels": 16, "joint_attention_dim": 48, "pooled_projection_dim": 32}
+BLOCKS = {"num_layers": 2, "num_single_layers": 3}
+HEADS = {"num_attention_heads": 4, "attention_head_dim": 16, "axes_dims_rope": (4, 6, 6)}
+CONFIG = FluxConfig(**WIDTHS, **BLOCKS, **HEADS)
 
 
 def make_dit(dtype=torch.float32, device="cpu", **changes) -> FluxTransformer:
     torch.manual_seed(0)
-    model = FluxTransformer(FluxConfig(**CONFIG | changes))
+    model = FluxTransformer(replace(CONFIG, **changes))
     with torch.no_grad():
         for p in model.parameters():
             p.normal_(std=0.3 if p.ndim == 1 else p.shape[-1] ** -0.5)
@@ -39,7 +35,7 @@ def make_denoiser(recorder=None, setting="auto", model=None, **limits) -> Denois
 
 def make_job(seed: int, num_txt: int = 7, model=None, height: int = HEIGHT, width: int = WIDTH, **settings) -> Job:
     """A job whose conditioning is drawn from its seed; a negative one of 4 tokens with true CFG."""
-    config = model.config if model else FluxConfig(**CONFIG)
+    config = model.config if model else CONFIG
     weight = model.x_embedder.weight if model else torch.empty(0)
     generator = torch.Generator().manual_seed(seed)
 

@@ -38,6 +38,15 @@ def test_edit_reports_everything(engine):
     assert result.timings["total"] == pytest.approx(sum(result.timings[k] for k in ("condition", "denoise", "decode")))
 
 
+def test_result_tells_how_steps_ran(engine):
+    plain = engine.generate("x", **FAST, seed=5)
+    cached = engine.generate("x", **FAST, seed=5, cache="taylor", cache_order=0)
+    assert plain.graphs == "eager: the model is on cpu, not on a CUDA device" and plain.step_cache is None
+    assert cached.graphs == "eager: the model is on cpu, not on a CUDA device"
+    assert cached.step_cache.computed == (True, False, False) and cached.step_cache.num_saved == 2
+    assert not torch.equal(plain.latents, cached.latents)
+
+
 def test_every_input_matters(engine):
     """Prompt, picture, second picture, seed, guidance, steps: each changes the latents."""
     base = engine.edit(picture(), "make it blue", **FAST, seed=5).latents
