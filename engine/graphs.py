@@ -224,9 +224,10 @@ class GraphSteps:
 
 
 def graph_key(batch: PreparedBatch) -> Hashable:
-    """What a graph was recorded for: shapes, numbers that are baked into kernels, and where the weights lie."""
+    """What a graph was recorded for: shapes, numbers that are baked into kernels, and where which weights lie."""
     model = batch.model
-    weights = hash(tuple(t.data_ptr() for t in itertools.chain(model.parameters(), model.buffers())))
+    tensors = itertools.chain(model.named_parameters(), model.named_buffers())
+    weights = hash(tuple((name, t.data_ptr(), t.shape, t.dtype) for name, t in tensors))
     lengths = tuple(prepared.txt.shape[1] for prepared in batch.passes)
     scale = batch.true_cfg_scale if len(batch.passes) > 1 else None
     return batch.height, batch.width, len(batch.latents), lengths, scale, model.attention_backend, weights

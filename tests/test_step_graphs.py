@@ -82,6 +82,16 @@ def test_changed_weights_are_seen():
     assert torch.equal(drawn.latents, latents_of(make_job(1), model=model)) and recorder.num_recorded == 2
 
 
+def test_weights_of_another_shape_at_the_same_address_are_seen():
+    """As where one LoRA makes room for another."""
+    recorder, model, memory = FakeRecorder(), make_dit(), torch.zeros(8)
+    denoiser = make_denoiser(recorder, model=model)
+    for length in (4, 8, 4):
+        model.register_buffer("beside", memory[:length])
+        draw(denoiser, make_job(1))
+    assert recorder.num_recorded == 2 and len(denoiser.graphs) == 2
+
+
 def test_steps_handed_out_keep_their_values():
     seen = []
     (drawn,) = draw(make_denoiser(FakeRecorder()), make_job(1, on_step=lambda info: seen.append(info.latents)))
