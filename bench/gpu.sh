@@ -12,6 +12,8 @@
 #   SECTIONS  which to run, default "build kernel_tests gpu_tests steps ops requests train_step
 #             ema dit_step generate region_mask"
 #   DEADLINE  seconds for all sections together, default 530
+#             "tiny", which is not among them, trains the model tiny for the time that is left, and goes on where an
+#             earlier call stopped: its parts, scores and, at the end, weights go to OUT/tiny
 #   DRY_RUN   1 runs the same sections at a tiny size, on a CPU too
 #   PYTHON    default python3
 #   UNIWORLD_COMMIT  what rows call the commit where there is no git
@@ -127,6 +129,23 @@ section ema 20 "${PYTEST[@]}" bench/ema.py
 section dit_step 40 "${PYTEST[@]}" bench/dit_step.py
 section generate 40 "${PYTEST[@]}" bench/generate.py
 section region_mask 20 "${PYTEST[@]}" bench/region_mask.py
+
+# Half a minute is kept for saving and copying.
+train_tiny() {
+  local seconds=$(($1 - 30)) name rc
+  "$PYTHON" -m uniworld.cli train-tiny -o runs/tiny --minutes "$(awk "BEGIN { print $seconds / 60 }")"
+  rc=$?
+  for name in vae vlm semantic_encoder base task_head model; do
+    mkdir -p "$OUT/tiny/$name"
+    cp -r runs/tiny/"$name"/{model,scores.json,samples.png,metrics.jsonl} "$OUT/tiny/$name/" 2>/dev/null
+  done
+  cp -r runs/tiny/model "$OUT/tiny/" 2>/dev/null
+  [ "$rc" = 143 ] && echo "not finished; the same call goes on" && return 0
+  return "$rc"
+}
+export -f train_tiny
+export PYTHON OUT
+section tiny "$(remaining)" bash -c "train_tiny $(remaining)"
 
 echo
 echo "all sections: $SECONDS s" | tee -a "$SUMMARY"

@@ -75,16 +75,16 @@ def start_as_identity(denoiser: FluxTransformer) -> None:
 class TextToImage:
     """The part `base`: FLUX's DiT, CLIP and T5 in the sizes of `sizes`."""
 
+    not_for_making = ("module", "text")  # the autoencoder is, and stays on the CPU
+
     def __init__(self, config: PartConfig):
         torch.manual_seed(config.seed)
         self.config = config
         self.words = open_tokenizers(config.words)
-        self.text = TextEncoders.from_config(
-            clip_config(read_ids(self.words, "clip")),
-            load_tokenizer(self.words / "flux" / "tokenizer", "CLIPTokenizer"),
-            t5_config(read_ids(self.words, "t5")),
-            load_tokenizer(self.words / "flux" / "tokenizer_2", "T5Tokenizer"),
-        )
+        self.clip_tokenizer = load_tokenizer(self.words / "flux" / "tokenizer", "CLIPTokenizer")
+        self.t5_tokenizer = load_tokenizer(self.words / "flux" / "tokenizer_2", "T5Tokenizer")
+        configs = clip_config(read_ids(self.words, "clip")), t5_config(read_ids(self.words, "t5"))
+        self.text = TextEncoders.from_config(configs[0], self.clip_tokenizer, configs[1], self.t5_tokenizer)
         self.module: nn.Module = BaseModel(self.text)
         self.vae_folder = Path(config.parts) / "vae" / "model"
         self.vae = load_vae(self.vae_folder)
@@ -158,7 +158,7 @@ class TextToImage:
     @property
     def _lengths(self) -> tuple[int, int]:
         """Token ids of T5 and of CLIP."""
-        return self.text.t5_tokenizer.model_max_length, self.text.clip_tokenizer.model_max_length
+        return self.t5_tokenizer.model_max_length, self.clip_tokenizer.model_max_length
 
     @torch.no_grad()
     def _make_items(self, seeds: Sequence[int], split: str = "train") -> tuple[np.ndarray, np.ndarray]:
@@ -168,7 +168,7 @@ class TextToImage:
         levels = torch.from_numpy(np.stack([item.pictures[-1] for item in items]))
         mean, std = self.vae.encode_moments(as_pixels(levels))
         moments = torch.stack([(mean - self.vae.shift) * self.vae.scale, std * self.vae.scale], dim=1)
-        tokenizers = self.text.t5_tokenizer, self.text.clip_tokenizer
+        tokenizers = self.t5_tokenizer, self.clip_tokenizer
         ids = [token_ids(tokenizer, said, length) for tokenizer, length in zip(tokenizers, self._lengths)]
         return moments.half().numpy(), torch.cat(ids, dim=1).short().numpy()
 
@@ -184,8 +184,7 @@ class TextToImage:
 
     def _condition(self, batch: dict[str, Tensor], without: Tensor) -> tuple[Tensor, Tensor]:
         """T5's states [B, T, D] and the pooled text [B, P], that of "" where `without` [B] is true."""
-        clip = self.text.clip_tokenizer
-        empty = token_ids(clip, [""], clip.model_max_length).to(self._device)
+        empty = token_ids(self.clip_tokenizer, [""], self._lengths[1]).to(self._device)
         ids = torch.where(without[:, None], empty, batch["clip_ids"].to(self._device))
         return self.module.t5(batch["t5_ids"].to(self._device)).last_hidden_state, self.module.clip(ids).pooler_output
 

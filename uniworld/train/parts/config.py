@@ -29,8 +29,8 @@ class PartConfig:
     """Of the computation; parameters, optimizer and EMA are fp32."""
     num_items: int = 100000
     """Of part base: items that are trained on again and again, from latents that are kept in `run_dir` (17 KB each)."""
-    num_workers: int = 1
-    """Processes that draw scenes; 0 draws them in the training process."""
+    num_workers: int | None = None
+    """Processes that draw scenes; 0 draws in the training process, null takes most CPUs where there are 3 or more."""
     num_checked: int = 256
     """Held-out items that the score of the part is measured on."""
     log_every_steps: int = 20
@@ -46,7 +46,7 @@ class PartConfig:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
         if self.size_px < 64 or self.size_px % 16:
             raise ValueError(f"size_px={self.size_px}: must be a multiple of 16 from 64 on")
-        if self.num_workers < 0:
+        if self.num_workers is not None and self.num_workers < 0:
             raise ValueError(f"num_workers={self.num_workers}: must be at least 0")
 
 

@@ -4,10 +4,12 @@ Step s sees the items of seeds s * batch_size ... and nothing else is random but
 of that step, so that a run that was killed goes on bit by bit from its last checkpoint.
 """
 
+import copy
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from safetensors.torch import load_file
@@ -25,13 +27,19 @@ from uniworld.train.parts.config import PartConfig
 from uniworld.train.signals import EXIT_STOPPED, StopSignals
 from uniworld.train.writer import Writer
 
+MAX_WORKERS = 12
 WEIGHTS, AVERAGE, OPTIMIZER = "weights.safetensors", "average.safetensors", "optimizer.pt"
 
 
 class Part(Protocol):
-    """What is trained. `module` holds all its parameters."""
+    """What is trained. `module` holds all its parameters.
+
+    not_for_making: attributes, `module` among them, that `make` does without; they may be on a GPU, and stay out of
+    loader processes.
+    """
 
     module: nn.Module
+    not_for_making: ClassVar[tuple[str, ...]]
 
     def make(self, seeds: range) -> Any:
         """A batch of the items of `seeds`: tensors in dicts, lists or tuples. Runs in loader processes."""
@@ -108,8 +116,9 @@ class PartTrainer:
 
     def _batches(self) -> Iterator[Any]:
         config = self.config
-        dataset = _Steps(self.part.make, config.batch_size, config.num_steps)
-        workers = {"num_workers": config.num_workers, "multiprocessing_context": "spawn"} if config.num_workers else {}
+        dataset = _Steps(self.part, config.batch_size, config.num_steps)
+        num = most_workers() if config.num_workers is None else config.num_workers
+        workers = {"num_workers": num, "multiprocessing_context": "spawn"} if num else {}
         sampler = range(self.step, config.num_steps)
         return iter(DataLoader(dataset, batch_size=None, sampler=sampler, **workers))
 
@@ -194,11 +203,19 @@ class PartTrainer:
 class _Steps(Dataset):
     """The batch of each step."""
 
-    def __init__(self, make: Any, batch_size: int, num_steps: int):
-        self.make, self.batch_size, self.num_steps = make, batch_size, num_steps
+    def __init__(self, part: Part, batch_size: int, num_steps: int):
+        self.maker, self.batch_size, self.num_steps = copy.copy(part), batch_size, num_steps
+        for name in part.not_for_making:
+            setattr(self.maker, name, None)
 
     def __len__(self) -> int:
         return self.num_steps
 
     def __getitem__(self, step: int) -> Any:
-        return self.make(range(step * self.batch_size, (step + 1) * self.batch_size))
+        return self.maker.make(range(step * self.batch_size, (step + 1) * self.batch_size))
+
+
+def most_workers() -> int:
+    """All CPUs but one, at most MAX_WORKERS; on two CPUs none, where training itself needs both."""
+    num = (os.cpu_count() or 1) - 1
+    return min(num, MAX_WORKERS) if num > 1 else 0

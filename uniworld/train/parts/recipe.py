@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from uniworld.checkpoint.locate import read_json
+from uniworld.train.export import export
 from uniworld.train.parts.start import write_start
 from uniworld.train.signals import EXIT_STOPPED, StopSignals
 
 TRAINED_PARTS = ("vae", "vlm", "semantic_encoder", "base", "task_head")
 DRAWN_TASKS = "t2i,edit,perceive,compose"  # what stages 1 and 2 learn: all that ends with a picture
 DONE = "steps.json"
+MAX_FILE_BYTES = 15_000_000  # small enough for a repository
 POLL_S = 0.2
 GRACE_S = 300  # for a step to save after it was asked to stop
 
@@ -55,8 +57,13 @@ def recipe(root: Path, configs: Path, num_items: int) -> tuple[Step, ...]:
         Step(name="stage1", command=("train", *config("stage1"), *common)),
         Step(name="connectors", command=("export", str(root / "stage1"), "--connectors-only", *taken, str(connectors))),
         Step(name="stage2", command=("train", *config("stage2"), *common, f"model.connectors={connectors}")),
-        Step(name="model", command=("export", str(root / "stage2"), *taken, str(root / "model"))),
+        Step(name="model", function=lambda: write_model(root)),
     )
+
+
+def write_model(root: Path) -> None:
+    """The averaged weights of stage 2 as a complete model, in files of at most MAX_FILE_BYTES."""
+    export(root / "stage2", root / "model", ema=True, overwrite=True, max_shard_bytes=MAX_FILE_BYTES)
 
 
 class Recipe:

@@ -77,6 +77,8 @@ class TwoTowers(nn.Module):
 class Contrastive:
     """The part `semantic_encoder`: SigLIP's vision tower in the sizes of `sizes.SIGLIP`."""
 
+    not_for_making = ("module",)
+
     def __init__(self, config: PartConfig):
         if config.size_px != SIGLIP["image_size"]:
             raise ValueError(f"size_px={config.size_px}: must be {SIGLIP['image_size']}, which the tower sees")

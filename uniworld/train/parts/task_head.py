@@ -51,6 +51,8 @@ class Said:
 class Routing:
     """The part `task_head`."""
 
+    not_for_making = ("module", "vlm")
+
     def __init__(self, config: PartConfig):
         torch.manual_seed(config.seed)
         self.config = config

@@ -28,6 +28,8 @@ SCORED_AT_ONCE = 32
 class Autoencoder:
     """The part `vae`: diffusers' AutoencoderKL in the sizes of `sizes.VAE`."""
 
+    not_for_making = ("module",)
+
     def __init__(self, config: PartConfig):
         from diffusers import AutoencoderKL
 

@@ -49,6 +49,8 @@ Conversation = list[dict[str, str]]
 class VisionLanguage:
     """The part `vlm`: Qwen2.5-VL in the sizes of `sizes.qwen_config`."""
 
+    not_for_making = ("module", "vlm")
+
     def __init__(self, config: PartConfig):
         torch.manual_seed(config.seed)
         self.config = config
