@@ -47,7 +47,8 @@ class Conditioner:
 
     @torch.inference_mode()
     def read(self, inputs: VLMInputs, keep_cache: bool = False) -> Reading:
-        """Run the VLM. `keep_cache` keeps keys and values, so that `answer` can go on from here."""
+        """Run the VLM. `keep_cache` keeps keys and values, so that `answer` can go on from here, as queries do."""
+        keep_cache = keep_cache or self.model.queries is not None
         return Reading(inputs, self.model.vlm.encode(inputs, use_cache=keep_cache))
 
     @torch.inference_mode()
@@ -94,24 +95,30 @@ class Conditioner:
 
         Args:
             inputs: a batch of B prompts, padded on either side.
-            pooled: [B, P]; siglip_states: [num_images, T, D] in the order of the prompts' images, None inserts none.
+            pooled: [B, P].
+            siglip_states: [num_images, T, D] of the model's `reference_encoder`, in the order of the prompts' images;
+                None inserts none.
             t5_states: [B, T, D_joint] or None.
-            states: the VLM's states, where its pass has been made already.
+            states: the VLM's states, where its pass has been made already; with learned queries, with its cache.
         """
         model = self.model
-        states = model.vlm.encode(inputs) if states is None else states
+        states = model.vlm.encode(inputs, use_cache=model.queries is not None) if states is None else states
+        vlm_states, mask, image_ends = states.hidden_states, inputs.attention_mask, inputs.image_end_positions
+        if model.queries is not None:
+            vlm_states = model.queries(model.vlm.states_after, states)
+            mask, image_ends = model.queries.layout(image_ends)
         layout = layout_text(
-            inputs.attention_mask,
-            inputs.image_end_positions if siglip_states is not None else [()] * len(inputs.image_end_positions),
+            mask,
+            image_ends if siglip_states is not None else [()] * len(image_ends),
             num_siglip_tokens=0 if siglip_states is None else siglip_states.shape[1],
             num_t5_tokens=0 if t5_states is None else t5_states.shape[1],
         )
         return assemble(
             layout,
-            vlm_states=states.hidden_states,
+            vlm_states=vlm_states,
             denoise_projector=model.denoise_projector,
             siglip_states=siglip_states,
-            siglip_projector=model.siglip_projector,
+            siglip_projector=model.reference_projector,
             t5_states=t5_states,
             pooled=pooled,
         )
@@ -128,8 +135,9 @@ class Conditioner:
         model, dtype = self.model, self.model.dtype
         images = all_images(request)
         siglip_states = None
-        if images:
-            siglip_states = model.semantic_encoder(model.semantic_encoder.preprocess(images)).to(dtype)
+        encoder = model.reference_encoder
+        if images and encoder is not None:
+            siglip_states = encoder(encoder.preprocess(images)).to(dtype)
         use_t5 = model.text_encoders.has_t5 if request.use_t5 is None else request.use_t5
         words = instruction(request.prompt)
         t5_states = model.text_encoders.t5_states([words]).to(dtype) if use_t5 else None

@@ -33,9 +33,20 @@ class ModelConfig:
     """Condition on T5 states too. The released model never trained with T5."""
     attention: str = "auto"
     """Attention backend of the DiT; see `uniworld env`."""
+    references: Literal["siglip", "vae"] = "siglip"
+    """What stands for a reference picture where the stage inserts it: the semantic encoder's states, or the picture's
+    packed VAE latents, whose connector `vae_projector` then learns where `siglip_projector` would."""
+    num_queries: int = 0
+    """Learned tokens at the end of the VLM's input, whose states alone are conditioned on in place of the prompt's;
+    they learn with the VLM connector. 0: none."""
     lora_rank: int | None = None
     """Train LoRA factors of this rank on the DiT's attention (needs peft) in place of the weights that the stage names
     there; its connectors learn as without."""
+
+    @property
+    def needs_live_encoding(self) -> bool:
+        """Whether precomputed states lack what the model is conditioned on."""
+        return self.references != "siglip" or self.num_queries > 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +105,7 @@ class StageConfig:
     patterns: tuple[str, ...] = ()
     """Glob patterns over parameter names, for preset "custom"."""
     use_siglip: bool | None = None
-    """Insert semantic tokens; by default off in stage 1, on else."""
+    """Insert semantic tokens (or what `model.references` names); by default off in stage 1, on else."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,7 +207,8 @@ BOUNDS = (
         *(1, math.inf, "at least 1"),
     ),
     (
-        "seed data.num_workers optim.warmup_steps optim.clip_norm ema.update_after_step validation.every_steps",
+        "seed model.num_queries data.num_workers optim.warmup_steps optim.clip_norm ema.update_after_step "
+        "validation.every_steps",
         *(0, math.inf, "at least 0"),
     ),
     ("data.drop_prompt_rate data.drop_t5_rate data.max_bad_share ema.decay ema.min_decay", 0, 1, "from 0 to 1"),
@@ -244,6 +256,8 @@ class TrainConfig:
             raise ValueError(f"stage.patterns={list(self.stage.patterns)}: go with preset custom, and only with it")
         if self.stage.preset == "lora" and self.model.lora_rank is None:
             raise ValueError("stage.preset=lora: needs model.lora_rank")
+        if self.data.precomputed is not None and self.model.needs_live_encoding:
+            raise ValueError("data.precomputed: model.references=vae and model.num_queries need live encoding")
         if self.validation.images and len(self.validation.images) != len(self.validation.prompts):
             raise ValueError("validation.images: give one a prompt, or none")
 
@@ -267,6 +281,11 @@ def read_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]
         raise ValueError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
     if not isinstance(tree, dict):
         raise ValueError(f"{path}: must be a mapping, got {tree!r:.80}")
+    return overridden(tree, overrides)
+
+
+def overridden(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Nested dicts with `a.b=value` overrides applied, in place."""
     for override in overrides:
         _override(tree, override)
     return tree

@@ -8,13 +8,16 @@ import torch
 from torch import nn
 
 from uniworld.checkpoint.locate import read_json, weight_files
-from uniworld.checkpoint.names import CONNECTORS, DENOISER, TOWER_PREFIX, VLM, authors_names
+from uniworld.checkpoint.names import CONNECTORS, DENOISER, QUERIES, TOWER_PREFIX, VLM, authors_names
 from uniworld.checkpoint.weights import Header, Plan, module_targets, parameters_on_meta, read_headers
 from uniworld.models.connectors import Connector
 from uniworld.models.flux import FluxConfig, FluxTransformer
+from uniworld.models.queries import LearnedQueries
 from uniworld.models.vlm import VisionLanguageModel
 
 ConnectorShape = tuple[int, int, int]  # in, hidden, out features
+QueriesShape = tuple[int, int]  # how many, how wide
+TowerShapes = Mapping[str, ConnectorShape | QueriesShape]
 
 # transformers 4 put these before every name of an encoder that stands alone; 5 does not.
 ENCODER_PREFIXES = ("text_model.", "vision_model.")
@@ -30,20 +33,21 @@ def denoiser_config(config: Mapping[str, Any], title: str | Path = "config.json"
     return found
 
 
-def build_univa(config: Mapping[str, Any], connectors: Mapping[str, ConnectorShape]) -> dict[str, nn.Module]:
-    """The parts that a UniWorld checkpoint holds, parameters on meta: vlm, denoiser and the connectors given."""
+def build_univa(config: Mapping[str, Any], shapes: TowerShapes) -> dict[str, nn.Module]:
+    """The parts that a UniWorld checkpoint holds, parameters on meta: vlm, denoiser and what `shapes` names."""
     try:
         with parameters_on_meta():
-            return {VLM: VisionLanguageModel.from_config(dict(config))} | build_tower(config, connectors)
+            return {VLM: VisionLanguageModel.from_config(dict(config))} | build_tower(config, shapes)
     except KeyError as error:
         raise ValueError(f"config.json: has no {error.args[0]}") from error
 
 
-def build_tower(config: Mapping[str, Any], connectors: Mapping[str, ConnectorShape]) -> dict[str, nn.Module]:
-    """The denoiser and the connectors given, parameters on meta."""
+def build_tower(config: Mapping[str, Any], shapes: TowerShapes) -> dict[str, nn.Module]:
+    """The denoiser, and the connectors and queries that `shapes` names, parameters on meta."""
     with parameters_on_meta():
         denoiser = FluxTransformer(FluxConfig.from_dict(denoiser_config(config)))
-        return {DENOISER: denoiser} | {name: Connector(*shape) for name, shape in connectors.items()}
+        kinds = {QUERIES: LearnedQueries}
+        return {DENOISER: denoiser} | {name: kinds.get(name, Connector)(*shape) for name, shape in shapes.items()}
 
 
 def checkpoint_module(part: str, module: nn.Module) -> nn.Module:
@@ -69,6 +73,17 @@ def connector_shapes(headers: Mapping[str, Header], title: str) -> dict[str, Con
             raise ValueError(f"{title}: {' or '.join(keys)} is not a matrix")
         (hidden, in_features), (out_features, _) = found
         shapes[part] = (in_features, hidden, out_features)
+    return shapes
+
+
+def tower_shapes(headers: Mapping[str, Header], title: str) -> dict[str, ConnectorShape | QueriesShape]:
+    """The widths of a checkpoint's connectors and, where it has some, of its learned queries; errors as above."""
+    shapes: dict[str, ConnectorShape | QueriesShape] = dict(connector_shapes(headers, title))
+    key = f"{TOWER_PREFIX}{QUERIES}.weight"
+    if key in headers:
+        if len(headers[key].shape) != 2:
+            raise ValueError(f"{title}: {key} is not a matrix")
+        shapes[QUERIES] = headers[key].shape
     return shapes
 
 

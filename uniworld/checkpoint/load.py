@@ -15,10 +15,10 @@ from uniworld.checkpoint import locate
 from uniworld.checkpoint.build import (
     build_tower,
     build_univa,
-    connector_shapes,
     denoiser_config,
     encoder_plan,
     read_config,
+    tower_shapes,
     univa_plan,
 )
 from uniworld.checkpoint.connector_files import override_connectors
@@ -32,6 +32,8 @@ from uniworld.checkpoint.widths import check_widths
 from uniworld.models.connectors import Connector
 from uniworld.models.flux import FluxTransformer
 from uniworld.models.prompts import VISION_END, VISION_START, PromptProcessor
+from uniworld.models.queries import LearnedQueries
+from uniworld.models.references import REFERENCES
 from uniworld.models.siglip import SemanticEncoder
 from uniworld.models.task_head import TaskHead
 from uniworld.models.text_encoders import TextEncoders
@@ -64,6 +66,7 @@ class DenoiserParts:
     denoiser: FluxTransformer
     denoise_projector: Connector
     siglip_projector: Connector
+    queries: LearnedQueries | None = None
     device: torch.device
     dtype: torch.dtype
 
@@ -83,7 +86,7 @@ def load_denoiser(
     config = read_config(folder)
     denoiser_config(config, folder)
     headers = {k: h for k, h in read_headers(locate.weight_files(folder)).items() if k.startswith(TOWER_PREFIX)}
-    parts = build_tower(config, connector_shapes(headers, str(folder)))
+    parts = build_tower(config, tower_shapes(headers, str(folder)))
     plan = univa_plan(folder, headers, parts, device, dtype)
     plan.check()
     with byte_progress(f"Loading the DiT of {model}", plan.num_bytes, progress) as advance:
@@ -135,6 +138,10 @@ def load_uniworld(
     folders = _find(model, flux, siglip, use_t5)
     config = read_config(folders.model)
     denoiser_config(config, folders.model)  # says at once that a folder is no UniWorld checkpoint
+    settings = {"references": REFERENCES[0], **config.get("uniworld", {})}
+    if settings["references"] not in REFERENCES:
+        allowed = ", ".join(REFERENCES)
+        raise ValueError(f"{folders.model}: uniworld.references={settings['references']!r}: must be one of {allowed}")
     processor = _processor(folders.model)
     _fill_token_ids(config, processor)
 
@@ -151,7 +158,6 @@ def load_uniworld(
         own = {name: parts[name] for name in CONNECTORS if name in parts}
         override_connectors(own, Path(connectors), check_finite)
 
-    settings = config.get("uniworld", {})
     return UniWorld(
         name=str(model),
         folder=folders.model,
@@ -161,6 +167,7 @@ def load_uniworld(
         task_head=task_head,
         time_shift=time_shift,
         anchor_px=settings.get("anchor_px", FULL_ANCHOR_PX),
+        references=settings["references"],
         random_weights=settings.get("random_weights", False),
         device=device,
         dtype=dtype,
@@ -225,7 +232,7 @@ def _plan_univa(
     folder: Path, config: dict[str, Any], device: torch.device, dtype: torch.dtype
 ) -> tuple[Plan, dict[str, nn.Module]]:
     headers = read_headers(locate.weight_files(folder))
-    parts = build_univa(config, connector_shapes(headers, str(folder)))
+    parts = build_univa(config, tower_shapes(headers, str(folder)))
     return univa_plan(folder, headers, parts, device, dtype), parts
 
 

@@ -6,6 +6,7 @@ Authors (transformers 4 names, diffusers FLUX names)        ours
 `lm_head.*`                                                 vlm `lm_head.*`
 `denoise_tower.denoiser.*`                                  denoiser, q, k, v fused by rows
 `denoise_tower.{denoise,siglip,vae}_projector.*`            the connectors, unchanged
+`denoise_tower.queries.weight`                              learned queries; the authors have none
 
 A name of ours with fused rows stands for three of theirs, in the order q, k, v.
 """
@@ -16,6 +17,9 @@ from typing import NamedTuple
 VLM = "vlm"
 DENOISER = "denoiser"
 CONNECTORS = ("denoise_projector", "siglip_projector", "vae_projector")
+
+QUERIES = "queries"
+TOWER_PARTS = (*CONNECTORS, QUERIES)
 
 DENOISER_PREFIX = "denoise_tower.denoiser."
 TOWER_PREFIX = "denoise_tower."
@@ -62,7 +66,7 @@ def place(key: str) -> Place | None:
     """The place of a key of the authors' checkpoint; None where the layout has no such family of keys."""
     if key.startswith(DENOISER_PREFIX):
         return split_diffusers(key.removeprefix(DENOISER_PREFIX))
-    for part in CONNECTORS:
+    for part in TOWER_PARTS:
         if key.startswith(f"{TOWER_PREFIX}{part}."):
             return Place(part, key.removeprefix(f"{TOWER_PREFIX}{part}."))
     for theirs, ours in VLM_PREFIXES:
@@ -75,7 +79,7 @@ def authors_names(part: str, name: str) -> tuple[str, ...]:
     """The inverse of `place`: the one or three keys that a parameter of ours has in the authors' checkpoint."""
     if part == DENOISER:
         return tuple(DENOISER_PREFIX + n for n in diffusers_names(name))
-    if part in CONNECTORS:
+    if part in TOWER_PARTS:
         return (f"{TOWER_PREFIX}{part}.{name}",)
     if part == VLM:
         for theirs, ours in VLM_PREFIXES:

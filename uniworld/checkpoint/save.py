@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from uniworld.checkpoint.names import authors_names
+from uniworld.models.references import REFERENCES
 from uniworld.models.unified import FULL_ANCHOR_PX, UniWorld
 
 MAX_SHARD_BYTES = 5_000_000_000
@@ -164,11 +165,13 @@ def authors_tensors(model: UniWorld) -> Iterable[tuple[str, Tensor]]:
 
 
 def saved_config(model: UniWorld) -> dict[str, Any]:
-    """The checkpoint's config with what may have changed since loading: dtype, picture area, whether it is trained."""
+    """The checkpoint's config with what may have changed since loading: dtype, picture area, references, training."""
     config = {**model.config, "torch_dtype": str(model.dtype).removeprefix("torch.")}
-    if "uniworld" in config or model.anchor_px != FULL_ANCHOR_PX or model.random_weights:
-        own = {"anchor_px": model.anchor_px, "random_weights": model.random_weights}
-        config["uniworld"] = {**config.get("uniworld", {}), **own}
+    own = {key: value for key, value in config.get("uniworld", {}).items() if key != "references"}
+    if model.references != REFERENCES[0]:
+        own["references"] = model.references
+    if "uniworld" in config or own or model.anchor_px != FULL_ANCHOR_PX or model.random_weights:
+        config["uniworld"] = {**own, "anchor_px": model.anchor_px, "random_weights": model.random_weights}
     return config
 
 

@@ -30,6 +30,8 @@ def check_widths(title: str | Path, parts: Mapping[str, nn.Module], task_head: T
     ]
     if text.has_t5:
         pairs.append(("T5", text.t5.config.d_model, "the DiT's text input", dit.joint_attention_dim))
+    if "queries" in parts:
+        pairs.append(("queries", parts["queries"].weight.shape[1], "the VLM", vlm))
     if task_head is not None:
         pairs.append(("task head", task_head[0].in_features, "the VLM", vlm))
     problems = [f"{one} is {a} wide, {other} {b}" for one, a, other, b in pairs if a != b]

@@ -57,6 +57,11 @@ class SemanticEncoder(nn.Module):
         """Tokens an image."""
         return (self.model.config.image_size // self.model.config.patch_size) ** 2
 
+    @property
+    def size_px(self) -> int:
+        """Side of the squares that pictures are resized to."""
+        return self.model.config.image_size
+
     def preprocess(self, images: Sequence[Image.Image]) -> Tensor:
         """Pictures of any size -> [N, 3, height, width] fp32, resized to the encoder's own size."""
         config = self.preprocessor

@@ -11,6 +11,8 @@ from torch import nn
 from uniworld.models.connectors import Connector
 from uniworld.models.flux import FluxTransformer
 from uniworld.models.prompts import PromptProcessor
+from uniworld.models.queries import LearnedQueries
+from uniworld.models.references import LatentEncoder
 from uniworld.models.siglip import SemanticEncoder
 from uniworld.models.task_head import TaskHead
 from uniworld.models.text_encoders import TextEncoders
@@ -46,7 +48,9 @@ class UniWorld:
     denoise_projector: Connector
     siglip_projector: Connector
     vae_projector: Connector | None = None
-    """Only for the VAE-reference ablation."""
+    """Used where `references` is "vae"."""
+    queries: LearnedQueries | None = None
+    """Where there are some, their states condition the DiT in place of the prompt's."""
     semantic_encoder: SemanticEncoder
     text_encoders: TextEncoders
     vae: ImageAutoencoder
@@ -55,16 +59,34 @@ class UniWorld:
     time_shift: TimeShift = field(default_factory=TimeShift)
     anchor_px: int = FULL_ANCHOR_PX
     """Area in pixels of the pictures the model was made for; sizes "auto" aim at it."""
+    references: str = "siglip"
+    """What stands for a reference picture beside its VLM states: one of `references.REFERENCES`."""
     random_weights: bool = False
     """Whether nothing was trained, so that pictures are noise."""
     device: torch.device
     dtype: torch.dtype
 
+    @property
+    def reference_encoder(self) -> SemanticEncoder | LatentEncoder | None:
+        """What makes states of reference pictures; None where nothing stands for them."""
+        if self.references == "vae":
+            return LatentEncoder(self.vae, self.semantic_encoder.size_px)
+        return self.semantic_encoder if self.references == "siglip" else None
+
+    @property
+    def reference_projector(self) -> Connector:
+        """The connector of those states. Raises: ValueError where the checkpoint has none for latents."""
+        if self.references != "vae":
+            return self.siglip_projector
+        if self.vae_projector is None:
+            raise ValueError(f"references=vae: {self.name} has no vae_projector")
+        return self.vae_projector
+
     def checkpoint_modules(self) -> Iterator[tuple[str, nn.Module]]:
         """The parts that a UniWorld checkpoint holds, under their names in `checkpoint.names`."""
         yield "vlm", self.vlm.model
         yield "denoiser", self.denoiser
-        for name in ("denoise_projector", "siglip_projector", "vae_projector"):
-            connector = getattr(self, name)
-            if connector is not None:
-                yield name, connector
+        for name in ("denoise_projector", "siglip_projector", "vae_projector", "queries"):
+            module = getattr(self, name)
+            if module is not None:
+                yield name, module

@@ -3,13 +3,14 @@
 Letters: B batch, L tokens of the longest prompt, D hidden size, V vocabulary.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from uniworld.models.prompts import IMAGE_TYPE, VLMInputs
 
@@ -203,6 +204,29 @@ class VisionLanguageModel(nn.Module):
         past_key_values = output.past_key_values if use_cache else None
         return VLMStates(output.last_hidden_state, mask, position_ids, rope_deltas, past_key_values)
 
+    def states_after(self, states: VLMStates, embeddings: Tensor) -> Tensor:
+        """The states of more input embeddings after each prompt, differentiable in them.
+
+        Args:
+            states: from `encode(..., use_cache=True)`; left as they are.
+            embeddings: [N, D], the same after every prompt.
+
+        Returns: [B, N, D].
+        """
+        if states.past_key_values is None:
+            raise ValueError("states: hold no cache, encode with use_cache=True")
+        mask, num = states.attention_mask, len(embeddings)
+        B, L = mask.shape
+        positions = L + states.rope_deltas + torch.arange(num)
+        output = self.model.model(
+            inputs_embeds=embeddings.repeat(B, 1, 1),
+            position_ids=positions.expand(3, B, num).to(self.device),
+            attention_mask=None if mask.all() else F.pad(mask, (0, num), value=1).to(self.device),
+            past_key_values=self._cache((layer.keys, layer.values) for layer in states.past_key_values.layers),
+            use_cache=True,
+        )
+        return output.last_hidden_state
+
     @torch.no_grad()
     def logits(self, hidden_states: Tensor) -> Tensor:
         """[..., D] -> [..., V]."""
@@ -259,12 +283,17 @@ class VisionLanguageModel(nn.Module):
 
     def _row_cache(self, past_key_values: Any, row: int, columns: Tensor) -> Any:
         """A cache of one sample alone, without its padding."""
+        rows, columns = slice(row, row + 1), columns.to(self.device)
+        layers = past_key_values.layers
+        return self._cache((layer.keys[rows, :, columns], layer.values[rows, :, columns]) for layer in layers)
+
+    def _cache(self, layers: Iterable[tuple[Tensor, Tensor]]) -> Any:
+        """A cache that may grow without the one whose keys and values it begins with."""
         from transformers import DynamicCache
 
         cache = DynamicCache(config=self.model.config.text_config)
-        columns = columns.to(self.device)
-        for i, layer in enumerate(past_key_values.layers):
-            cache.update(layer.keys[row : row + 1, :, columns], layer.values[row : row + 1, :, columns], i)
+        for i, (keys, values) in enumerate(layers):
+            cache.update(keys, values, i)
         return cache
 
 

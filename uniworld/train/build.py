@@ -12,6 +12,7 @@ from uniworld.checkpoint.load import DenoiserParts, load_denoiser, load_uniworld
 from uniworld.checkpoint.progress import count_progress
 from uniworld.config import TrainConfig
 from uniworld.data.loader import Loader
+from uniworld.models.references import LatentEncoder
 from uniworld.models.siglip import SemanticEncoder
 from uniworld.models.unified import UniWorld
 from uniworld.train.blocks import prepare_blocks
@@ -21,6 +22,7 @@ from uniworld.train.model import EncodedBatch, TrainModel
 from uniworld.train.precomputed import PrecomputedLoader, open_cache
 from uniworld.train.sharding import DTYPES, World
 from uniworld.train.stages import freeze_except, inserts_siglip, patterns_of
+from uniworld.train.variants import apply_variant, variant_model
 
 
 class BatchSource(Protocol):
@@ -74,6 +76,7 @@ def load_parts(config: TrainConfig, world: World, shown: bool = False) -> UniWor
             connectors=model.connectors,
         )
         denoiser_parts.denoiser.attention_backend = model.attention
+        apply_variant(config, denoiser_parts)
         return denoiser_parts
     parts = load_uniworld(
         model.path,
@@ -86,13 +89,14 @@ def load_parts(config: TrainConfig, world: World, shown: bool = False) -> UniWor
         connectors=model.connectors,
     )
     parts.denoiser.attention_backend = model.attention
+    apply_variant(config, parts)
     return parts
 
 
 def build_train_model(config: TrainConfig, parts: UniWorld | DenoiserParts) -> TrainModel:
     """The module that is trained: parameters of the stage require gradients, blocks run as configured."""
     torch.manual_seed(config.seed)
-    model = TrainModel(parts.denoiser, parts.denoise_projector, parts.siglip_projector)
+    model = variant_model(config, parts)
     if config.model.lora_rank is not None:
         add_lora(model.denoiser, config.model.lora_rank)
     freeze_except(model, patterns_of(config))
@@ -114,8 +118,8 @@ def open_batches(
         loader = Loader(
             config,
             processor=parts.processor,
-            siglip_preprocess=preprocess_alone(parts.semantic_encoder) if use_siglip else None,
-            siglip_tokens=parts.semantic_encoder.num_tokens if use_siglip else 0,
+            siglip_preprocess=preprocess_alone(parts.reference_encoder) if use_siglip else None,
+            siglip_tokens=parts.reference_encoder.num_tokens if use_siglip else 0,
             bad_log=bad_log,
             rank=world.rank,
             world_size=world.size,
@@ -124,6 +128,8 @@ def open_batches(
     return Batches(loader, encoders.encode, lambda: loader.bad.count)
 
 
-def preprocess_alone(encoder: SemanticEncoder) -> Callable[..., torch.Tensor]:
+def preprocess_alone(encoder: SemanticEncoder | LatentEncoder) -> Callable[..., torch.Tensor]:
     """The encoder's `preprocess` without its weights, so that loader processes do not take them along."""
+    if isinstance(encoder, LatentEncoder):
+        return LatentEncoder(None, encoder.size_px).preprocess
     return SemanticEncoder(nn.Identity(), encoder.preprocessor).preprocess

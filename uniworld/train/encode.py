@@ -12,7 +12,8 @@ class Encoders:
 
     Args:
         model: the loaded parts.
-        use_siglip: insert semantic tokens; use_t5: add T5 states of the instruction.
+        use_siglip: insert states of reference pictures, semantic ones unless the model has others; use_t5: add T5
+            states of the instruction.
     """
 
     def __init__(self, model: UniWorld, *, use_siglip: bool, use_t5: bool):
@@ -27,14 +28,18 @@ class Encoders:
         model, B = self.model, len(batch)
         siglip_states = None
         if self.use_siglip and batch.siglip_pixels is not None:
-            siglip_states = model.semantic_encoder(batch.siglip_pixels)
+            siglip_states = model.reference_encoder(batch.siglip_pixels)
+        prompt, mask, image_ends = None, batch.inputs.attention_mask, batch.inputs.image_end_positions
+        states = model.vlm.encode(batch.inputs, use_cache=model.queries is not None)
+        if model.queries is not None:
+            prompt, (mask, image_ends) = states, model.queries.layout(image_ends)
         if self._pooled is None:
             self._pooled = model.text_encoders.pooled([""])
         mean, std = model.vae.encode_moments(batch.target)
         return EncodedBatch(
-            vlm_states=model.vlm.encode(batch.inputs).hidden_states,
-            attention_mask=batch.inputs.attention_mask,
-            image_ends=batch.inputs.image_end_positions,
+            vlm_states=states.hidden_states,
+            attention_mask=mask,
+            image_ends=image_ends,
             siglip_states=siglip_states,
             t5_states=model.text_encoders.t5_states(batch.instructions) if self.use_t5 else None,
             pooled=self._pooled.expand(B, -1),
@@ -42,6 +47,7 @@ class Encoders:
             latent_std=std.float() * model.vae.scale,
             region_weight=batch.region_weight,
             sample_ids=batch.sample_ids,
+            prompt=prompt,
         ).to(model.device, model.dtype)
 
 

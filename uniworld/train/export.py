@@ -19,7 +19,7 @@ from torch import Tensor
 from uniworld.checkpoint import locate
 from uniworld.checkpoint.connector_files import EXPORTS, read_connector
 from uniworld.checkpoint.load import TINY
-from uniworld.checkpoint.names import TOWER_PREFIX, authors_names
+from uniworld.checkpoint.names import QUERIES, TOWER_PREFIX, authors_names
 from uniworld.checkpoint.progress import byte_progress
 from uniworld.checkpoint.save import (
     MAX_SHARD_BYTES,
@@ -32,11 +32,14 @@ from uniworld.checkpoint.save import (
 from uniworld.checkpoint.tiny import tiny_dir
 from uniworld.checkpoint.weights import Header, open_weights, read_headers
 from uniworld.config import TrainConfig, load_config
+from uniworld.models.references import REFERENCES
 from uniworld.train.checkpoints import CONFIG, open_checkpoint
 from uniworld.train.lora import authors_deltas, diffusers_adapter, is_factor
 from uniworld.train.saved import TrainedWeights
+from uniworld.train.stages import references_of
 
 PART_FOLDERS = ("flux", "siglip")
+QUERIES_KEY = f"{TOWER_PREFIX}{QUERIES}.weight"
 LORA_FILE = "lora.safetensors"  # the factors alone, as diffusers loads them
 
 
@@ -129,7 +132,7 @@ def _write_model(
     base = base_folder(config)
     headers = read_headers(locate.weight_files(base))
     replaced = _start_connectors(config) | trained
-    if missing := sorted((replaced.keys() | deltas.keys()) - headers.keys()):
+    if missing := sorted((replaced.keys() | deltas.keys()) - headers.keys() - {QUERIES_KEY}):
         raise ValueError(f"model.path={config.model.path}: has no {missing[0]}, which was trained")
     writer = ShardWriter(folder, max_shard_bytes)
     with byte_progress(f"Exporting {config.model.path}", sum(h.num_bytes for h in headers.values()), progress) as done:
@@ -144,8 +147,10 @@ def _write_model(
                 tensor = (tensor.float() + deltas[header.key]()).to(tensor.dtype)
             writer.add(header.key, tensor)
             done(header.num_bytes)
+        for key in replaced.keys() - headers.keys():  # queries that the base did not have
+            writer.add(key, replaced[key]().to(tensor.dtype))
         writer.finish()
-    write_json(folder / "config.json", _trained_config(locate.read_json(base / "config.json")))
+    write_json(folder / "config.json", _trained_config(locate.read_json(base / "config.json"), references_of(config)))
     copy_side_files(base, folder)
     if (base / TASK_HEAD_FILE).is_file():
         shutil.copyfile(base / TASK_HEAD_FILE, folder / TASK_HEAD_FILE)
@@ -178,10 +183,14 @@ def _start_connectors(config: TrainConfig) -> dict[str, Callable[[], Tensor]]:
     return readers
 
 
-def _trained_config(config: dict[str, Any]) -> dict[str, Any]:
-    """The base's config.json; it no longer says that the weights are random."""
-    own = config.get("uniworld")
-    return config if own is None else {**config, "uniworld": {**own, "random_weights": False}}
+def _trained_config(config: dict[str, Any], references: str) -> dict[str, Any]:
+    """The base's config.json; it no longer says that the weights are random, but what stood for reference pictures."""
+    own = {key: value for key, value in config.get("uniworld", {}).items() if key != "references"}
+    if "uniworld" in config:
+        own["random_weights"] = False
+    if references != REFERENCES[0]:
+        own["references"] = references
+    return {**config, "uniworld": own} if own else config
 
 
 def _write_connector(folder: Path, part: str, weights: TrainedWeights) -> None:

@@ -51,7 +51,7 @@ class StepFlops:
             if isinstance(linear, nn.Linear) and (stream := _stream(name)):
                 self.per_token[stream] += _linear_flops(linear)
         self.vlm_token = _connector_flops(model.denoise_projector)
-        self.siglip_token = _connector_flops(model.siglip_projector)
+        self.siglip_token = _connector_flops(model.reference_projector)
 
     def __call__(self, batch: EncodedBatch) -> float:
         """FLOPs of one loss and its gradients."""

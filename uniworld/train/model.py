@@ -3,6 +3,7 @@
 Letters: B batch, L tokens, T tokens of one source, C latent channels, h, w latent height and width.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,6 +15,8 @@ from uniworld.models.conditioning import Conditioning, assemble, layout_text
 from uniworld.models.connectors import Connector
 from uniworld.models.flow import LATENT_SCALE, image_ids, pack
 from uniworld.models.flux import FluxTransformer
+from uniworld.models.queries import LearnedQueries
+from uniworld.models.vlm import VLMStates
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,9 +24,11 @@ class EncodedBatch:
     """A batch after the frozen encoders: what live encoding makes and what `precompute` stores.
 
     vlm_states: [B, L, D_vlm]; attention_mask: [B, L] on the CPU; image_ends: for each sample, the column of each
-    image's `<|vision_end|>`. siglip_states: [num_images, T, D_siglip] or None; t5_states: [B, T, D_joint] or None;
-    pooled: [B, P]. latent_mean, latent_std: [B, C, h, w], moments of the scaled latents. region_weight: [B, 1, h, w]
-    fp32 or None for ones. valid: [B, 1, h, w] bool or None where no latent is padding.
+    image's `<|vision_end|>`. siglip_states: [num_images, T, D_siglip] (or what `model.references` puts in their place)
+    or None; t5_states: [B, T, D_joint] or None; pooled: [B, P]. latent_mean, latent_std: [B, C, h, w], moments of the
+    scaled latents. region_weight: [B, 1, h, w] fp32 or None for ones. valid: [B, 1, h, w] bool or None where no
+    latent is padding.
+    prompt: with learned queries, the VLM's pass that they go on from; attention_mask and image_ends are then theirs.
     """
 
     vlm_states: Tensor
@@ -37,6 +42,7 @@ class EncodedBatch:
     region_weight: Tensor | None = None
     valid: Tensor | None = None
     sample_ids: tuple[str, ...] = ()
+    prompt: VLMStates | None = None
 
     def __len__(self) -> int:
         return self.vlm_states.shape[0]
@@ -58,13 +64,29 @@ class EncodedBatch:
 
 
 class TrainModel(nn.Module):
-    """Connectors and DiT. `forward` is one training loss; names of parameters are what `stages` matches."""
+    """Connectors and DiT. `forward` is one training loss; names of parameters are what `stages` matches.
 
-    def __init__(self, denoiser: FluxTransformer, denoise_projector: Connector, siglip_projector: Connector):
+    Args:
+        vae_projector: given where latents stand for reference pictures; it then takes the other one's place.
+        queries: given where their states replace the prompt's; states_after is the VLM's method of that name.
+    """
+
+    def __init__(
+        self,
+        denoiser: FluxTransformer,
+        denoise_projector: Connector,
+        siglip_projector: Connector,
+        *,
+        vae_projector: Connector | None = None,
+        queries: LearnedQueries | None = None,
+        states_after: Callable[[VLMStates, Tensor], Tensor] | None = None,
+    ):
         super().__init__()
         self.denoiser = denoiser
         self.denoise_projector = denoise_projector
         self.siglip_projector = siglip_projector
+        self.vae_projector = vae_projector
+        self.queries, self.states_after = queries, states_after
 
     def forward(
         self,
@@ -88,6 +110,11 @@ class TrainModel(nn.Module):
         weight = combined_weight(batch.region_weight, level_weight, latents)
         valid = None if batch.valid is None else pack(batch.valid)
         return region_mse(pred, target, weight, valid)
+
+    @property
+    def reference_projector(self) -> Connector:
+        """The connector of what stands for reference pictures."""
+        return self.siglip_projector if self.vae_projector is None else self.vae_projector
 
     def predict(
         self, batch: EncodedBatch, latents: Tensor, noise: Tensor, sigma: Tensor, guidance_scale: float
@@ -119,10 +146,10 @@ class TrainModel(nn.Module):
         )
         return assemble(
             layout,
-            vlm_states=batch.vlm_states,
+            vlm_states=batch.vlm_states if self.queries is None else self.queries(self.states_after, batch.prompt),
             denoise_projector=self.denoise_projector,
             siglip_states=siglip,
-            siglip_projector=self.siglip_projector,
+            siglip_projector=self.reference_projector,
             t5_states=t5,
             pooled=batch.pooled,
         )

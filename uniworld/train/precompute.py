@@ -36,6 +36,7 @@ from uniworld.train.model import EncodedBatch
 from uniworld.train.precomputed import COMMON, INDEX, MANIFEST, Cache, check_fingerprint, data_fingerprint
 from uniworld.train.sharding import DTYPES
 from uniworld.train.stages import inserts_siglip
+from uniworld.train.variants import apply_variant
 
 SAMPLES_PER_SHARD = 128  # about 0.7 GB at 512 x 512 with one reference
 Progress = Callable[[int, int], None]
@@ -89,6 +90,8 @@ def precompute(
     """
     if config.data.precomputed is not None:
         raise ValueError(f"data.precomputed={config.data.precomputed}: must not be set here; name data.sources")
+    if config.model.needs_live_encoding:
+        raise ValueError("model.references=vae and model.num_queries need live encoding; nothing is to be precomputed")
     if samples_per_shard < 1:
         raise ValueError(f"samples_per_shard={samples_per_shard}: must be at least 1")
     model = load_uniworld(
@@ -100,6 +103,7 @@ def precompute(
         progress=show_loading,
         use_t5=config.model.use_t5,
     )
+    apply_variant(config, model)
     cache, reader = _open(config, Path(folder), model, samples_per_shard, show_loading)
     encoders = Encoders(model, use_siglip=inserts_siglip(config.stage), use_t5=config.model.use_t5)
     mine = [number for number in cache.missing_shards() if number % world_size == rank]

@@ -32,11 +32,26 @@ def trained_patterns(stage: StageConfig) -> tuple[str, ...]:
 
 
 def patterns_of(config: TrainConfig) -> tuple[str, ...]:
-    """What a run trains: its stage's patterns; with LoRA, of the DiT the factors alone."""
+    """What a run trains: its stage's patterns, with the variant's modules for those of the published model; with LoRA,
+    of the DiT the factors alone."""
     patterns = trained_patterns(config.stage)
+    if config.stage.preset != "custom":
+        patterns = _of_variant(config, patterns)
     if config.model.lora_rank is None or config.stage.preset == "lora":
         return patterns
     return (*(pattern for pattern in patterns if not pattern.startswith("denoiser.")), *LORA_FACTORS)
+
+
+def _of_variant(config: TrainConfig, patterns: tuple[str, ...]) -> tuple[str, ...]:
+    if config.model.references == "vae":
+        patterns = tuple(pattern.replace("siglip_projector.", "vae_projector.") for pattern in patterns)
+    learns_queries = config.model.num_queries > 0 and "denoise_projector.*" in patterns
+    return (*patterns, "queries.*") if learns_queries else patterns
+
+
+def references_of(config: TrainConfig) -> str:
+    """What stands for reference pictures in a run: one of `uniworld.models.references.REFERENCES`."""
+    return config.model.references if inserts_siglip(config.stage) else "none"
 
 
 def inserts_siglip(stage: StageConfig) -> bool:
