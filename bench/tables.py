@@ -223,16 +223,21 @@ def render(page: str, rows: list[Row]) -> str:
     return MARKS.sub(one, page)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="change nothing, exit 1 where page and rows disagree")
+def update(path: Path, rendered: Callable[[str], str], script: str) -> None:
+    """What a script that writes a page does: put `rendered` of it in its place, or with --check only compare."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--check", action="store_true", help="change nothing, exit 1 where page and results disagree")
     args = parser.parse_args()
-    before = PAGE.read_text(encoding="utf-8")
-    after = render(before, read())
+    before = path.read_text(encoding="utf-8")
+    after = rendered(before)
     if args.check and before != after:
-        sys.exit(f"{PAGE}: does not agree with bench/results; run python bench/tables.py")
+        sys.exit(f"{path}: does not agree with bench/results; run python bench/{script}")
     if before != after:
-        PAGE.write_text(after, encoding="utf-8")
+        path.write_text(after, encoding="utf-8")
+
+
+def main() -> None:
+    update(PAGE, lambda page: render(page, read()), "tables.py")
 
 
 if __name__ == "__main__":

@@ -191,4 +191,69 @@ def export(
     cli_export.export(checkpoint, output, ema=ema, connectors_only=connectors_only, overwrite=overwrite, quiet=quiet)
 
 
-COMMANDS = (check_data, make_data, train, train_part, train_tiny, precompute, plan, plot, export)
+def ablate(
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="Which question; see --list.", show_default=False)
+    ] = None,
+    overrides: Overrides = None,
+    *,
+    listed: Annotated[bool, typer.Option("--list", help="Show the names, what they ask and compare.")] = False,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="DIR", help="For runs and scores; the same one goes on.")
+    ] = Path("runs/ablations"),
+    start: Annotated[
+        str, typer.Option(metavar="tiny|DIR", help="The model that all variants start from, flux/ and siglip/ in it.")
+    ] = "tiny",
+    data: Annotated[
+        Path | None,
+        typer.Option(metavar="PATH", help="Training data, as `train` takes them; default: drawn.", show_default=False),
+    ] = None,
+    steps: Annotated[int, typer.Option(min=2, metavar="N", help="Optimizer steps of each variant in all.")] = 2000,
+    num: Annotated[int, typer.Option(min=1, metavar="N", help="Held-out items a column.")] = 100,
+    columns: Annotated[str, typer.Option(metavar="NAME,...", help="As of `eval scenes`.")] = "t2i,edit,perceive",
+    draw_steps: Annotated[int, typer.Option(min=1, metavar="N", help="Denoising steps of a picture.")] = 28,
+    seed: Annotated[int, typer.Option(min=0, help="Of training and its data; the held-out items stay the same.")] = 0,
+    workers: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Processes that draw data and score; default: one a core.")
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+) -> int:
+    """Answer one of the paper's questions on the small world: variants of the model, trained with one budget each.
+
+    The same command goes on where it was interrupted, and ablations in one folder share the runs that they have in
+    common. KEY=VALUE are settings of all trainings.
+
+    Example: `uniworld ablate --list`
+
+    Example: `uniworld ablate region --steps 2000 --num 100 -o runs/ablations`
+    """
+    if listed:
+        _list_ablations()
+        return 0
+    if name is None:
+        raise ValueError("NAME: is missing; --list shows the ablations there are")
+
+    from uniworld import cli_ablate
+
+    options = cli_ablate.AblateOptions(
+        start=start, data=data, steps=steps, num=num, columns=columns, draw_steps=draw_steps, seed=seed,
+        workers=workers, overrides=tuple(overrides or ()), quiet=quiet,
+    )  # fmt: skip
+    return cli_ablate.ablate(name, output, options)
+
+
+def _list_ablations() -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    from uniworld.train.ablations import ABLATIONS
+
+    table = Table("name", "question", "variants", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.columns[0].no_wrap = True
+    for name, ablation in ABLATIONS.items():
+        table.add_row(name, ablation.question, "; ".join(variant.title for variant in ablation.variants))
+    Console(highlight=False).print(table)
+
+
+COMMANDS = (check_data, make_data, train, train_part, train_tiny, precompute, plan, plot, export, ablate)

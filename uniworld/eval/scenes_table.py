@@ -79,6 +79,13 @@ def _row(column: Column, verdicts: Sequence[Verdict]) -> Row:
     )
 
 
+def overall(rows: Sequence[Row], group: str, measure: str | None = None) -> float | None:
+    """The mean over a group's columns of their score, or of a measure beside it; None where there are none."""
+    columns = [row for row in rows if row.group == group and row.unit == "%" and row.name != "overall"]
+    values = [row.value if measure is None else row.measures.get(measure) for row in columns]
+    return fmean(found) if (found := [value for value in values if value is not None]) else None
+
+
 def by_kind(verdicts: Sequence[Verdict], column: str) -> dict[str, dict[str, float]]:
     """Of a column, the score of each kind of question, request or change, and how many there were."""
     scores = defaultdict(list)

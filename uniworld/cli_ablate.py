@@ -1,0 +1,325 @@
+"""What `ablate` does: draw data, train, export and score what is not there yet, then print and write a table.
+
+DIR/ablation.json        what all runs have in common
+DIR/data/                drawn training data, where none was given
+DIR/runs/RUN/            trainings, with RUN.yaml beside them; DIR/models/ what was exported of them
+DIR/scores/VARIANT/      answers and scores.json
+DIR/NAME.json            the result of an ablation
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from uniworld import environment
+from uniworld.checkpoint.load import model_folder
+from uniworld.checkpoint.locate import read_json
+from uniworld.checkpoint.progress import count_progress
+from uniworld.cli_draw import silence_libraries
+from uniworld.cli_eval import progress_bar
+from uniworld.config import TrainConfig, to_yaml
+from uniworld.data.scenes import make
+from uniworld.data.scenes.make import write_whole
+from uniworld.eval.scenes_columns import Column, chosen
+from uniworld.eval.scenes_regions import by_region
+from uniworld.eval.scenes_score import judge_all
+from uniworld.eval.scenes_suite import SuitePlan, answer_all, open_folder
+from uniworld.eval.scenes_table import as_json, overall, rows_of
+from uniworld.train.ablations import (
+    ABLATIONS,
+    SIZE_PX,
+    Ablation,
+    Budget,
+    Variant,
+    chain,
+    config_of,
+    num_steps,
+    runs_of,
+)
+from uniworld.train.checkpoints import checkpoints_dir, complete_checkpoints
+from uniworld.train.export import export
+from uniworld.train.signals import EXIT_STOPPED, STOP_SIGNALS
+from uniworld.version import __version__
+
+PLAN, SCORES = "ablation.json", "scores.json"
+DRAWN_TASKS = ("t2i", "edit", "perceive", "compose")  # understanding trains nothing of what is ablated
+MOST_DRAWN = 20_000  # samples; a longer training sees them again
+FIGURES = {
+    "t2i": ("text to image", "%"),
+    "edit": ("editing", "%"),
+    "changed": ("changed", "%"),
+    "stayed": ("stayed", "%"),
+    "psnr_db": ("outside, dB", "dB"),
+    "perceive": ("perception", "%"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AblateOptions:
+    """What to train on and from, and what to score. None of `data` draws it, None of `dtype` is bf16 on a GPU."""
+
+    start: str
+    data: Path | None
+    steps: int
+    num: int
+    columns: str
+    draw_steps: int
+    seed: int
+    workers: int | None
+    overrides: tuple[str, ...]
+    quiet: bool
+
+
+def ablate(name: str, folder: Path, options: AblateOptions) -> int:
+    """Run one ablation, or go on with it; returns the exit code."""
+    if name not in ABLATIONS:
+        raise ValueError(f"NAME={name}: must be one of {', '.join(ABLATIONS)}; --list says what they ask")
+    silence_libraries()
+    columns = chosen(options.columns)
+    if not all(column.draws for column in columns):
+        raise ValueError(f"--columns {options.columns}: must be of t2i, edit and perceive; the VLM is the same in all")
+    budget = open_plan(folder, options)
+    ablation = ABLATIONS[name]
+    for run in runs_of(ablation.variants):
+        run_config(run, budget, folder)  # a mistake in the overrides is found before anything is trained
+    if options.data is None:
+        draw_data(budget, folder, options)
+    found = []
+    for variant in ablation.variants:
+        for run in chain(variant.run):
+            if code := train(run, budget, folder, options.quiet):
+                return code
+        found.append(describe(variant, budget, score(variant, columns, budget, folder, options)))
+    result = {"ablation": name, "command": command(name, options), **conditions(budget, options), "variants": found}
+    write_whole(folder / f"{name}.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    print_result(ablation, found)
+    if result["random_start"]:
+        note = f"note: the weights of {budget.start} are random: what is drawn is noise, whatever was trained"
+        Console(stderr=True, highlight=False, soft_wrap=True).print(note, style="yellow", markup=False)
+    print(folder / f"{name}.json", flush=True)
+    return 0
+
+
+def open_plan(folder: Path, options: AblateOptions) -> Budget:
+    """The budget, the same for all that is in the folder.
+
+    Raises: ValueError where the folder holds runs of another budget, or something else.
+    """
+    import torch
+
+    budget = Budget(
+        start=options.start,
+        data=str(folder / "data" / "shards") if options.data is None else str(options.data),
+        steps=options.steps,
+        seed=options.seed,
+        dtype="bf16" if torch.cuda.is_available() else "fp32",
+        overrides=options.overrides,
+    )
+    path, mine = folder / PLAN, json.loads(json.dumps(asdict(budget)))
+    if path.is_file():
+        there = read_json(path)
+        for field, value in mine.items():
+            if there.get(field) != value:
+                raise ValueError(f"{folder}: holds runs of {field}={there.get(field)}, not {value}; take another")
+        return budget
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder}: is neither empty nor a folder of ablations")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(path, json.dumps(mine, indent=1))
+    return budget
+
+
+def run_config(run: str, budget: Budget, folder: Path) -> TrainConfig:
+    """The config of a run with its place in the folder."""
+    *_, before, own = ["", *chain(run)]
+    model = str(folder / "models" / before) if before else budget.start
+    return config_of(own, budget, str(folder / "runs" / own), model)
+
+
+def draw_data(budget: Budget, folder: Path, options: AblateOptions) -> None:
+    """Draw as many samples as a variant sees, up to a limit."""
+    batch_size = run_config("stage1", budget, folder).data.batch_size
+    num = min(MOST_DRAWN, budget.steps * batch_size)
+    plan = make.DataPlan(num=num, seed=budget.seed, tasks=DRAWN_TASKS, size_px=SIZE_PX, format="webdataset")
+    with count_progress("Making data", not options.quiet, unit="pairs") as progress:
+        make.make_data(plan, folder / "data", num_workers=options.workers or os.cpu_count() or 1, progress=progress)
+
+
+def train(run: str, budget: Budget, folder: Path, quiet: bool) -> int:
+    """Train a run in a process of its own, unless it is done, and export its averaged weights.
+
+    Returns: 0, or 143 where it was stopped by a signal and has saved.
+    """
+    config = run_config(run, budget, folder)
+    done = complete_checkpoints(checkpoints_dir(config.run_dir))
+    if not done or done[-1].step < config.num_steps:
+        path = folder / "runs" / f"{run}.yaml"
+        path.parent.mkdir(exist_ok=True)
+        write_whole(path, to_yaml(config))
+        code = run_command("train", str(path), *(["--quiet"] if quiet else []))
+        if code == EXIT_STOPPED:
+            return code
+        if code:
+            raise ValueError(f"{path}: training ended with exit code {code}; its own error is above")
+    exported(Variant(title=run, run=run), folder, quiet)
+    return 0
+
+
+def run_command(*arguments: str) -> int:
+    """`uniworld ARGUMENTS` as a process of its own, which gets the signals that ask us to stop."""
+    process = subprocess.Popen([sys.executable, "-m", "uniworld.cli", *arguments])
+    before = {n: signal.signal(n, lambda number, _: process.send_signal(number)) for n in STOP_SIGNALS}
+    try:
+        return process.wait()
+    except BaseException:
+        process.terminate()
+        process.wait()
+        raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def exported(variant: Variant, folder: Path, quiet: bool) -> Path:
+    """The model of a variant whose run is done."""
+    model = folder / "models" / variant.name
+    if not (model / "config.json").is_file():
+        model.parent.mkdir(exist_ok=True)
+        export(folder / "runs" / variant.run, model, ema=variant.ema, progress=not quiet)
+    return model
+
+
+def score(
+    variant: Variant, columns: Sequence[Column], budget: Budget, folder: Path, options: AblateOptions
+) -> dict[str, Any]:
+    """The scores of a variant on held-out items; what was scored before is read."""
+    plan = SuitePlan(model=variant.name, steps=options.draw_steps, size_px=SIZE_PX)
+    scores = folder / "scores" / variant.name
+    asked = {"num": options.num, "columns": [column.name for column in columns]}
+    open_folder(plan, scores)
+    if (scores / SCORES).is_file() and (there := read_json(scores / SCORES))["asked"] == asked:
+        return there
+    with progress_bar(options.quiet) as progress:
+        answer_all(load(variant, budget, folder, options.quiet), plan, columns, options.num, scores, progress)
+        workers = options.workers or os.cpu_count() or 1
+        verdicts = judge_all(
+            columns, options.num, plan.seed, plan.size_px, scores, num_workers=workers, progress=progress
+        )
+    rows = rows_of(verdicts)
+    found = {
+        "asked": asked,
+        **as_json(asdict(plan), rows, verdicts),
+        "figures": {
+            "t2i": overall(rows, "t2i"),
+            "edit": overall(rows, "edit"),
+            "changed": overall(rows, "edit", "changed"),
+            "stayed": overall(rows, "edit", "stayed"),
+            "psnr_db": next((row.value for row in rows if row.group == "edit" and row.unit == "dB"), None),
+            "perceive": overall(rows, "perceive"),
+        },
+        "regions": [asdict(region) for region in by_region(verdicts, plan.seed, plan.size_px)],
+    }
+    write_whole(scores / SCORES, json.dumps(found, indent=1, ensure_ascii=False))
+    return found
+
+
+def load(variant: Variant, budget: Budget, folder: Path, quiet: bool) -> Any:
+    """An engine that draws as the variant was trained: from the VLM's states alone, without T5's."""
+    from uniworld.engine import Engine
+    from uniworld.train.sharding import DTYPES
+
+    model = exported(variant, folder, quiet)
+    return Engine.from_pretrained(str(model), dtype=DTYPES[budget.dtype], use_t5=False, progress=not quiet)
+
+
+def describe(variant: Variant, budget: Budget, scores: dict[str, Any]) -> dict[str, Any]:
+    """A variant's part of the result."""
+    runs = [{"run": run, "steps": num_steps(run, budget)} for run in chain(variant.run)]
+    weights = "averaged" if variant.ema else "last"
+    return {"title": variant.title, "runs": runs, "weights": weights} | {
+        key: scores[key] for key in ("figures", "regions", "rows", "by_kind")
+    }
+
+
+def conditions(budget: Budget, options: AblateOptions) -> dict[str, Any]:
+    """All that the variants of a result have in common."""
+    import torch
+
+    report = environment.gpu(torch.device("cuda")) if torch.cuda.is_available() else environment.cpu()
+    start = read_json(model_folder(budget.start) / "config.json").get("uniworld", {})
+    batch_size = config_of("stage1", budget, "", budget.start).data.batch_size
+    return {
+        "start": budget.start,
+        "random_start": bool(start.get("random_weights", False)),
+        "data": "drawn" if options.data is None else str(options.data),
+        "steps": budget.steps,
+        "batch_size": batch_size,
+        "seed": budget.seed,
+        "overrides": list(budget.overrides),
+        "num": options.num,
+        "columns": options.columns,
+        "draw_steps": options.draw_steps,
+        "dtype": budget.dtype,
+        "device": report["name"],
+        "kind": report["type"],
+        "versions": {"uniworld": __version__, "torch": torch.__version__},
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def command(name: str, options: AblateOptions) -> str:
+    """What repeats a result elsewhere."""
+    words = ["uniworld", "ablate", name, *options.overrides, "--start", options.start, "--steps", str(options.steps)]
+    words += ["--num", str(options.num), "--columns", options.columns, "--draw-steps", str(options.draw_steps)]
+    words += ["--seed", str(options.seed)]
+    words += ["--data", str(options.data)] if options.data is not None else []
+    return " ".join(f'"{word}"' if set(word) & set(" []{}*?") else word for word in words)
+
+
+def print_result(ablation: Ablation, found: Sequence[dict[str, Any]]) -> None:
+    """The tables on stdout."""
+    console = Console(highlight=False)
+    console.print(ablation.question)
+    console.print(figures_table(found))
+    if ablation.by_region:
+        console.print("Edits that succeed, by the share of the picture that they change:")
+        console.print(regions_table(found))
+
+
+def figures_table(found: Sequence[dict[str, Any]]) -> Table:
+    table = Table("", *(title for title, _ in FIGURES.values()), box=box.SIMPLE_HEAD, pad_edge=False)
+    for variant in found:
+        table.add_row(variant["title"], *(told(variant["figures"][key], unit) for key, (_, unit) in FIGURES.items()))
+    return _right_aligned(table)
+
+
+def regions_table(found: Sequence[dict[str, Any]]) -> Table:
+    titles = [f"{region['low']:.0%} to {region['high']:.0%} ({region['num']})" for region in found[0]["regions"]]
+    table = Table("", *titles, box=box.SIMPLE_HEAD, pad_edge=False)
+    for variant in found:
+        table.add_row(variant["title"], *(told(region["success"], "%") for region in variant["regions"]))
+    return _right_aligned(table)
+
+
+def told(value: float | None, unit: str) -> str:
+    """A score as the tables show it."""
+    if value is None:
+        return "-"
+    return f"{100 * value:.1f} %" if unit == "%" else f"{value:.1f}"
+
+
+def _right_aligned(table: Table) -> Table:
+    for column in table.columns[1:]:
+        column.justify = "right"
+    return table
