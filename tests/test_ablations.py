@@ -1,7 +1,8 @@
 """Ablations: equal budgets, shared runs, sizes of regions, one from end to end on the model tiny, and their page."""
 
 import json
-import shutil
+import signal
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 
 from uniworld import cli
 from uniworld.checkpoint.tiny import tiny_dir
+from uniworld.data.scenes import make
 from uniworld.data.scenes.tasks import make_item
 from uniworld.eval import scenes_regions
 from uniworld.eval.scenes_score import Verdict
@@ -225,10 +227,42 @@ def test_list_and_mistakes(ablate, tmp_path):
         (("sigli",), "NAME=sigli: must be one of stage1, no-siglip"),
         (("ema", "--columns", "routing"), "--columns routing: must be of t2i, edit and perceive"),
         (("ema", "data.bach_size=3"), "data.bach_size: unknown key; did you mean batch_size?"),
+        (("ema", "--data", "nowhere"), "--data nowhere: no such file or folder"),
     ):
         code, _, err = ablate(*arguments, "-o", tmp_path / "out")
         assert code == 2 and message in err and err.count("\n") == 1, err
-        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        assert not (tmp_path / "out").exists()
+    (tmp_path / "mine.txt").touch()
+    code, _, err = ablate("ema", *SMALL, "-o", tmp_path)
+    assert code == 2 and f"{tmp_path}: is neither empty nor a folder of ablations" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_data_of_make_data_are_found(tmp_path):
+    from uniworld.cli_ablate import training_source
+
+    plan = make.DataPlan(num=2, tasks=("edit",), format="both")
+    make.make_data(plan, tmp_path / "scenes")
+    assert training_source(tmp_path / "scenes") == str(tmp_path / "scenes" / "data.txt")
+    (tmp_path / "scenes" / "data.txt").unlink()
+    assert training_source(tmp_path / "scenes") == str(tmp_path / "scenes" / "shards")
+    assert training_source(tmp_path / "scenes" / "shards") == str(tmp_path / "scenes" / "shards")
+    assert training_source(Path("shard-{000..031}.tar")) == "shard-{000..031}.tar"
+
+
+def test_a_signal_reaches_the_training(monkeypatch):
+    """The training saves and ends with 143, and so does the command."""
+    from uniworld import cli_ablate
+
+    handled = "signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\n"
+    popen, before = subprocess.Popen, signal.getsignal(signal.SIGTERM)
+    for handles in (handled, ""):  # the second is not as far yet, and dies of the signal
+        child = f"import os, signal, sys, time\n{handles}os.kill(os.getppid(), signal.SIGTERM)\ntime.sleep(60)"
+        monkeypatch.setattr(cli_ablate.subprocess, "Popen", lambda _, child=child: popen([sys.executable, "-c", child]))
+        assert cli_ablate.run_command("train", "config.yaml") == 143
+        assert signal.getsignal(signal.SIGTERM) is before
+    monkeypatch.setattr(cli_ablate.subprocess, "Popen", lambda _: popen([sys.executable, "-c", "raise SystemExit(2)"]))
+    assert cli_ablate.run_command("train", "config.yaml") == 2
 
 
 # The page

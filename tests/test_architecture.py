@@ -31,6 +31,7 @@ FLOORS = {
     "uniworld.cli_train_part": 5,
     "uniworld.cli_train_tiny": 5,
     "uniworld.cli_ablate": 5,
+    "uniworld.cli_ablate_tables": 5,
     "uniworld.cli_training": 5,
     "uniworld.cli_check_data": 5,
     "uniworld.cli_eval": 5,

@@ -22,6 +22,7 @@ from uniworld.models.queries import LearnedQueries
 from uniworld.models.vlm import rope_index
 from uniworld.train import build
 from uniworld.train.encode import Encoders
+from uniworld.train.export import _write_model
 from uniworld.train.precompute import precompute
 from uniworld.train.stages import references_of
 from uniworld.train.step import training_loss
@@ -263,6 +264,22 @@ def test_the_engine_draws_with_queries_and_talks_as_before(model, monkeypatch):
         engine.edit([picture("red")] * (NUM + 1), "mix", **FAST)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("references", ["vae", "none"])
+def test_on_a_gpu(model, references):
+    """A request's conditioning with queries is that of the CPU."""
+    on_gpu = load_uniworld(device="cuda", dtype="float32", progress=False)
+    request = Request(prompt="make it blue", images=(picture("red"),), use_t5=False, **FAST)
+    found = []
+    for one in (model, on_gpu):
+        with_queries(one)
+        one.references = references
+        conditioner = Engine(one).conditioner
+        found.append(conditioner._condition(request, conditioner.read(conditioner.tokenize(request))).txt.cpu())
+    torch.testing.assert_close(found[1], found[0], atol=1e-2, rtol=1e-2)  # TF32 may be on
+
+
 # Saved, loaded, refused
 
 
@@ -283,6 +300,20 @@ def test_a_variant_is_saved_and_loaded(model, tmp_path):
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="uniworld.references='clip': must be one of siglip, vae, none"):
         load_uniworld(folder, **parts, progress=False)
+
+
+def test_an_export_holds_queries_that_its_base_did_not_have(model, tmp_path):
+    """And says what stood for reference pictures; what is written twice says it anew."""
+    drawn = torch.randn(NUM, model.vlm.hidden_size).to(torch.bfloat16)
+    for number, (preset, wanted) in enumerate({"stage1": "none", "stage2": "siglip"}.items()):
+        base = "tiny" if number == 0 else str(tmp_path / "0")
+        config = config_of(preset, model={"path": base, "num_queries": NUM})
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        _write_model(folder, config, {"denoise_tower.queries.weight": drawn.float}, {}, 10**9, False)
+        again = load_uniworld(folder, device="cpu", dtype="float32", progress=False)
+        assert torch.equal(again.queries.weight, drawn.float())
+        assert again.references == wanted and not again.random_weights
 
 
 def test_the_published_layout_stays_as_it_was(model, tmp_path):

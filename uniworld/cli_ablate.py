@@ -13,19 +13,18 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from uniworld import environment
 from uniworld.checkpoint.load import model_folder
 from uniworld.checkpoint.locate import read_json
 from uniworld.checkpoint.progress import count_progress
+from uniworld.cli_ablate_tables import print_result
 from uniworld.cli_draw import silence_libraries
 from uniworld.cli_eval import progress_bar
 from uniworld.config import TrainConfig, to_yaml
@@ -34,12 +33,11 @@ from uniworld.data.scenes.make import write_whole
 from uniworld.eval.scenes_columns import Column, chosen
 from uniworld.eval.scenes_regions import by_region
 from uniworld.eval.scenes_score import judge_all
-from uniworld.eval.scenes_suite import SuitePlan, answer_all, open_folder
+from uniworld.eval.scenes_suite import SuitePlan, answer_all, answer_path, open_folder
 from uniworld.eval.scenes_table import as_json, overall, rows_of
 from uniworld.train.ablations import (
     ABLATIONS,
     SIZE_PX,
-    Ablation,
     Budget,
     Variant,
     chain,
@@ -52,22 +50,16 @@ from uniworld.train.export import export
 from uniworld.train.signals import EXIT_STOPPED, STOP_SIGNALS
 from uniworld.version import __version__
 
+ALL = "all"
 PLAN, SCORES = "ablation.json", "scores.json"
+DRAWN = "drawn"  # what stands in a plan and a result for data of the folder's own
 DRAWN_TASKS = ("t2i", "edit", "perceive", "compose")  # understanding trains nothing of what is ablated
 MOST_DRAWN = 20_000  # samples; a longer training sees them again
-FIGURES = {
-    "t2i": ("text to image", "%"),
-    "edit": ("editing", "%"),
-    "changed": ("changed", "%"),
-    "stayed": ("stayed", "%"),
-    "psnr_db": ("outside, dB", "dB"),
-    "perceive": ("perception", "%"),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
 class AblateOptions:
-    """What to train on and from, and what to score. None of `data` draws it, None of `dtype` is bf16 on a GPU."""
+    """What to train on and from, and what to score. Where `data` is None, they are drawn."""
 
     start: str
     data: Path | None
@@ -82,20 +74,32 @@ class AblateOptions:
 
 
 def ablate(name: str, folder: Path, options: AblateOptions) -> int:
-    """Run one ablation, or go on with it; returns the exit code."""
-    if name not in ABLATIONS:
-        raise ValueError(f"NAME={name}: must be one of {', '.join(ABLATIONS)}; --list says what they ask")
+    """Run one ablation or all, or go on with it; returns the exit code."""
+    if name not in (*ABLATIONS, ALL):
+        raise ValueError(f"NAME={name}: must be one of {', '.join(ABLATIONS)} or {ALL}; --list says what they ask")
     silence_libraries()
     columns = chosen(options.columns)
     if not all(column.draws for column in columns):
         raise ValueError(f"--columns {options.columns}: must be of t2i, edit and perceive; the VLM is the same in all")
-    budget = open_plan(folder, options)
-    ablation = ABLATIONS[name]
-    for run in runs_of(ablation.variants):
-        run_config(run, budget, folder)  # a mistake in the overrides is found before anything is trained
+    budget = budget_of(options)
+    names = tuple(ABLATIONS) if name == ALL else (name,)
+    for run in runs_of([variant for one in names for variant in ABLATIONS[one].variants]):
+        run_config(run, budget, folder)  # a mistake in the overrides is found before anything is written
+    claim(folder, budget)
     if options.data is None:
         draw_data(budget, folder, options)
-    found = []
+    for one in names:
+        if code := answer(one, columns, budget, folder, options):
+            return code
+    if is_random(budget.start):
+        note = f"note: the weights of {budget.start} are random: what is drawn is noise, whatever was trained"
+        Console(stderr=True, highlight=False, soft_wrap=True).print(note, style="yellow", markup=False)
+    return 0
+
+
+def answer(name: str, columns: Sequence[Column], budget: Budget, folder: Path, options: AblateOptions) -> int:
+    """Train, score and compare the variants of an ablation; returns the exit code."""
+    ablation, found = ABLATIONS[name], []
     for variant in ablation.variants:
         for run in chain(variant.run):
             if code := train(run, budget, folder, options.quiet):
@@ -104,46 +108,60 @@ def ablate(name: str, folder: Path, options: AblateOptions) -> int:
     result = {"ablation": name, "command": command(name, options), **conditions(budget, options), "variants": found}
     write_whole(folder / f"{name}.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     print_result(ablation, found)
-    if result["random_start"]:
-        note = f"note: the weights of {budget.start} are random: what is drawn is noise, whatever was trained"
-        Console(stderr=True, highlight=False, soft_wrap=True).print(note, style="yellow", markup=False)
     print(folder / f"{name}.json", flush=True)
     return 0
 
 
-def open_plan(folder: Path, options: AblateOptions) -> Budget:
-    """The budget, the same for all that is in the folder.
-
-    Raises: ValueError where the folder holds runs of another budget, or something else.
-    """
+def budget_of(options: AblateOptions) -> Budget:
+    """What all runs have in common; the dtype is bf16 on a GPU, fp32 without one."""
     import torch
 
-    budget = Budget(
+    return Budget(
         start=options.start,
-        data=str(folder / "data" / "shards") if options.data is None else str(options.data),
+        data=DRAWN if options.data is None else training_source(options.data),
         steps=options.steps,
         seed=options.seed,
         dtype="bf16" if torch.cuda.is_available() else "fp32",
         overrides=options.overrides,
     )
+
+
+def claim(folder: Path, budget: Budget) -> None:
+    """Make a folder that is for one budget, or see that it is for this one.
+
+    Raises: ValueError where the folder holds runs of another budget, or something else.
+    """
     path, mine = folder / PLAN, json.loads(json.dumps(asdict(budget)))
     if path.is_file():
         there = read_json(path)
         for field, value in mine.items():
             if there.get(field) != value:
                 raise ValueError(f"{folder}: holds runs of {field}={there.get(field)}, not {value}; take another")
-        return budget
+        return
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder}: is neither empty nor a folder of ablations")
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(path, json.dumps(mine, indent=1))
-    return budget
+
+
+def training_source(path: Path) -> str:
+    """What a training reads of `path`: of a folder that `make-data` filled, its `data.txt` or its shards.
+
+    Raises: FileNotFoundError where there is no such file or folder.
+    """
+    if not path.exists() and not set(str(path)) & set("{*?["):
+        raise FileNotFoundError(f"--data {path}: no such file or folder")
+    if (path / make.MANIFEST).is_file():
+        return str(path / "data.txt" if (path / "data.txt").is_file() else path / "shards")
+    return str(path)
 
 
 def run_config(run: str, budget: Budget, folder: Path) -> TrainConfig:
     """The config of a run with its place in the folder."""
     *_, before, own = ["", *chain(run)]
     model = str(folder / "models" / before) if before else budget.start
+    if budget.data == DRAWN:
+        budget = replace(budget, data=str(folder / "data" / "shards"))
     return config_of(own, budget, str(folder / "runs" / own), model)
 
 
@@ -177,14 +195,28 @@ def train(run: str, budget: Budget, folder: Path, quiet: bool) -> int:
 
 
 def run_command(*arguments: str) -> int:
-    """`uniworld ARGUMENTS` as a process of its own, which gets the signals that ask us to stop."""
-    process = subprocess.Popen([sys.executable, "-m", "uniworld.cli", *arguments])
-    before = {n: signal.signal(n, lambda number, _: process.send_signal(number)) for n in STOP_SIGNALS}
+    """`uniworld ARGUMENTS` as a process of its own, which gets the signals that ask us to stop.
+
+    Returns: its exit code; 143 where a signal ended it, whether it had something to save yet or not.
+    """
+    process, received = None, []
+
+    def forward(number: int, _: Any) -> None:
+        received.append(number)
+        if process is not None:
+            process.send_signal(number)
+
+    before = {number: signal.signal(number, forward) for number in STOP_SIGNALS}
     try:
-        return process.wait()
+        process = subprocess.Popen([sys.executable, "-m", "uniworld.cli", *arguments])
+        for number in received:
+            process.send_signal(number)
+        code = process.wait()
+        return EXIT_STOPPED if received and code else code
     except BaseException:
-        process.terminate()
-        process.wait()
+        if process is not None:
+            process.terminate()
+            process.wait()
         raise
     finally:
         for number, handler in before.items():
@@ -211,7 +243,9 @@ def score(
     if (scores / SCORES).is_file() and (there := read_json(scores / SCORES))["asked"] == asked:
         return there
     with progress_bar(options.quiet) as progress:
-        answer_all(load(variant, budget, folder, options.quiet), plan, columns, options.num, scores, progress)
+        if not all(answer_path(scores, column, i).exists() for column in columns for i in range(options.num)):
+            engine = load(variant, budget, folder, options.quiet)
+            answer_all(engine, plan, columns, options.num, scores, progress)
         workers = options.workers or os.cpu_count() or 1
         verdicts = judge_all(
             columns, options.num, plan.seed, plan.size_px, scores, num_workers=workers, progress=progress
@@ -257,12 +291,11 @@ def conditions(budget: Budget, options: AblateOptions) -> dict[str, Any]:
     import torch
 
     report = environment.gpu(torch.device("cuda")) if torch.cuda.is_available() else environment.cpu()
-    start = read_json(model_folder(budget.start) / "config.json").get("uniworld", {})
     batch_size = config_of("stage1", budget, "", budget.start).data.batch_size
     return {
         "start": budget.start,
-        "random_start": bool(start.get("random_weights", False)),
-        "data": "drawn" if options.data is None else str(options.data),
+        "random_start": is_random(budget.start),
+        "data": budget.data,
         "steps": budget.steps,
         "batch_size": batch_size,
         "seed": budget.seed,
@@ -278,6 +311,11 @@ def conditions(budget: Budget, options: AblateOptions) -> dict[str, Any]:
     }
 
 
+def is_random(start: str) -> bool:
+    """Whether a model says that nothing of it was trained."""
+    return bool(read_json(model_folder(start) / "config.json").get("uniworld", {}).get("random_weights", False))
+
+
 def command(name: str, options: AblateOptions) -> str:
     """What repeats a result elsewhere."""
     words = ["uniworld", "ablate", name, *options.overrides, "--start", options.start, "--steps", str(options.steps)]
@@ -285,41 +323,3 @@ def command(name: str, options: AblateOptions) -> str:
     words += ["--seed", str(options.seed)]
     words += ["--data", str(options.data)] if options.data is not None else []
     return " ".join(f'"{word}"' if set(word) & set(" []{}*?") else word for word in words)
-
-
-def print_result(ablation: Ablation, found: Sequence[dict[str, Any]]) -> None:
-    """The tables on stdout."""
-    console = Console(highlight=False)
-    console.print(ablation.question)
-    console.print(figures_table(found))
-    if ablation.by_region:
-        console.print("Edits that succeed, by the share of the picture that they change:")
-        console.print(regions_table(found))
-
-
-def figures_table(found: Sequence[dict[str, Any]]) -> Table:
-    table = Table("", *(title for title, _ in FIGURES.values()), box=box.SIMPLE_HEAD, pad_edge=False)
-    for variant in found:
-        table.add_row(variant["title"], *(told(variant["figures"][key], unit) for key, (_, unit) in FIGURES.items()))
-    return _right_aligned(table)
-
-
-def regions_table(found: Sequence[dict[str, Any]]) -> Table:
-    titles = [f"{region['low']:.0%} to {region['high']:.0%} ({region['num']})" for region in found[0]["regions"]]
-    table = Table("", *titles, box=box.SIMPLE_HEAD, pad_edge=False)
-    for variant in found:
-        table.add_row(variant["title"], *(told(region["success"], "%") for region in variant["regions"]))
-    return _right_aligned(table)
-
-
-def told(value: float | None, unit: str) -> str:
-    """A score as the tables show it."""
-    if value is None:
-        return "-"
-    return f"{100 * value:.1f} %" if unit == "%" else f"{value:.1f}"
-
-
-def _right_aligned(table: Table) -> Table:
-    for column in table.columns[1:]:
-        column.justify = "right"
-    return table

@@ -193,7 +193,7 @@ def export(
 
 def ablate(
     name: Annotated[
-        str | None, typer.Argument(metavar="NAME", help="Which question; see --list.", show_default=False)
+        str | None, typer.Argument(metavar="NAME", help="Which question; see --list. Or all.", show_default=False)
     ] = None,
     overrides: Overrides = None,
     *,
@@ -206,7 +206,9 @@ def ablate(
     ] = "tiny",
     data: Annotated[
         Path | None,
-        typer.Option(metavar="PATH", help="Training data, as `train` takes them; default: drawn.", show_default=False),
+        typer.Option(
+            metavar="DIR", help="Of `make-data`, or a source as `train` takes; default: drawn.", show_default=False
+        ),
     ] = None,
     steps: Annotated[int, typer.Option(min=2, metavar="N", help="Optimizer steps of each variant in all.")] = 2000,
     num: Annotated[int, typer.Option(min=1, metavar="N", help="Held-out items a column.")] = 100,
@@ -228,7 +230,9 @@ def ablate(
     Example: `uniworld ablate region --steps 2000 --num 100 -o runs/ablations`
     """
     if listed:
-        _list_ablations()
+        from uniworld.cli_ablate_tables import print_list
+
+        print_list()
         return 0
     if name is None:
         raise ValueError("NAME: is missing; --list shows the ablations there are")
@@ -240,20 +244,6 @@ def ablate(
         workers=workers, overrides=tuple(overrides or ()), quiet=quiet,
     )  # fmt: skip
     return cli_ablate.ablate(name, output, options)
-
-
-def _list_ablations() -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    from uniworld.train.ablations import ABLATIONS
-
-    table = Table("name", "question", "variants", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.columns[0].no_wrap = True
-    for name, ablation in ABLATIONS.items():
-        table.add_row(name, ablation.question, "; ".join(variant.title for variant in ablation.variants))
-    Console(highlight=False).print(table)
 
 
 COMMANDS = (check_data, make_data, train, train_part, train_tiny, precompute, plan, plot, export, ablate)
