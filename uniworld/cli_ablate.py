@@ -54,6 +54,7 @@ ALL = "all"
 PLAN, SCORES = "ablation.json", "scores.json"
 DRAWN = "drawn"  # what stands in a plan and a result for data of the folder's own
 DRAWN_TASKS = ("t2i", "edit", "perceive", "compose")  # understanding trains nothing of what is ablated
+DRAWN_AT_ONCE = 8
 MOST_DRAWN = 20_000  # samples; a longer training sees them again
 
 
@@ -274,7 +275,8 @@ def load(variant: Variant, budget: Budget, folder: Path, quiet: bool) -> Any:
     from uniworld.train.sharding import DTYPES
 
     model = exported(variant, folder, quiet)
-    return Engine.from_pretrained(str(model), dtype=DTYPES[budget.dtype], use_t5=False, progress=not quiet)
+    settings = {"dtype": DTYPES[budget.dtype], "use_t5": False, "max_batch_size": DRAWN_AT_ONCE}
+    return Engine.from_pretrained(str(model), **settings, progress=not quiet)
 
 
 def describe(variant: Variant, budget: Budget, scores: dict[str, Any]) -> dict[str, Any]:
