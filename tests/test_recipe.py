@@ -13,7 +13,7 @@ import yaml
 from PIL import Image
 
 from uniworld.engine import Engine
-from uniworld.train.parts.recipe import Recipe, Step, recipe
+from uniworld.train.parts.recipe import Recipe, Step, recipe, take_finished
 from uniworld.train.parts.start import write_start
 from uniworld.train.signals import EXIT_STOPPED
 
@@ -105,6 +105,23 @@ def test_the_recipe_from_nothing_to_an_edit(tmp_path):
     result = engine.edit(Image.new("RGB", (128, 128), "grey"), "make the ball red", num_inference_steps=2, seed=0)
     assert result.images[0].size == (128, 128)
     assert 0 <= engine.chat([{"role": "user", "content": "draw a cube"}], num_inference_steps=1).draw_probability <= 1
+
+
+def test_finished_parts_are_copied_and_not_trained(tmp_path):
+    finished, root = tmp_path / "finished", tmp_path / "root"
+    for name in ("words", "vae/model", "vlm/model", "base"):  # the base is not finished
+        (finished / name).mkdir(parents=True)
+    (finished / "words" / "ids.json").write_text("{}")
+    (finished / "vae" / "model" / "config.json").write_text("1")
+    (root / "vlm").mkdir(parents=True)  # a run of its own
+    assert take_finished(root, finished) == ["vae"]
+    assert (root / "vae" / "model" / "config.json").read_text() == "1" and (root / "words" / "ids.json").is_file()
+    runner = Recipe(root, calls(root, "vae", "vlm"))
+    runner.count_as_done(["vae"])
+    assert runner.run() == 0 and (root / "calls").read_text() == "vlm "
+    (root / "words" / "ids.json").write_text("{'other': 1}")
+    with pytest.raises(ValueError, match="learned other words"):
+        take_finished(root, finished)
 
 
 def test_a_start_needs_every_part(tmp_path):

@@ -4,9 +4,11 @@ import sys
 from pathlib import Path
 
 
-def train_tiny(output: Path, configs: Path, num: int, minutes: float | None, show_steps: bool, quiet: bool) -> int:
+def train_tiny(
+    output: Path, configs: Path, finished: Path | None, num: int, minutes: float | None, show_steps: bool, quiet: bool
+) -> int:
     """Run the recipe, or list its steps; returns the exit code."""
-    from uniworld.train.parts.recipe import TRAINED_PARTS, Recipe, recipe
+    from uniworld.train.parts.recipe import TRAINED_PARTS, Recipe, recipe, take_finished
 
     for name in (*TRAINED_PARTS, "stage1", "stage2"):
         if not (configs / f"{name}.yaml").is_file():
@@ -18,6 +20,11 @@ def train_tiny(output: Path, configs: Path, num: int, minutes: float | None, sho
             print(line, file=sys.stderr, flush=True)
 
     runner = Recipe(output, steps, note)
+    if finished is not None:
+        if not finished.is_dir():
+            raise FileNotFoundError(f"finished={finished}: no such folder")
+        runner.count_as_done(taken := take_finished(output, finished))
+        note(f"from {finished}: {', '.join(taken) or 'nothing that is not there'}")
     if show_steps:
         done = runner.done
         for step in steps:

@@ -96,6 +96,10 @@ def train_tiny(
         typer.Option("--minutes", min=0, metavar="M", help="Stop and save after this time; run again to go on."),
     ] = None,
     configs: Annotated[Path, typer.Option(metavar="DIR", help="One YAML file a training.")] = Path("configs/tiny"),
+    finished: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Parts that are not trained again.", show_default=False),
+    ] = None,
     num: Annotated[int, typer.Option(min=1, metavar="N", help="Items that stages 1 and 2 learn from.")] = 100_000,
     show_steps: Annotated[bool, typer.Option("--steps", help="List the steps and which are done; run none.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing of the steps.")] = False,
@@ -108,7 +112,7 @@ def train_tiny(
     """
     from uniworld import cli_train_tiny
 
-    return cli_train_tiny.train_tiny(output, configs, num, minutes, show_steps, quiet)
+    return cli_train_tiny.train_tiny(output, configs, finished, num, minutes, show_steps, quiet)
 
 
 def precompute(

@@ -1,21 +1,25 @@
 """The whole training of `tiny`, step by step. Each step goes on where it stopped, so all of it does."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from uniworld.checkpoint.locate import read_json
+from uniworld.checkpoint.save import atomic_folder
 from uniworld.train.export import export
 from uniworld.train.parts.start import write_start
+from uniworld.train.parts.words import IDS
 from uniworld.train.signals import EXIT_STOPPED, StopSignals
 
 TRAINED_PARTS = ("vae", "vlm", "semantic_encoder", "base", "task_head")
 DRAWN_TASKS = "t2i,edit,perceive,compose"  # what stages 1 and 2 learn: all that ends with a picture
+WORDS = "words"  # folder of the tokenizers
 DONE = "steps.json"
 MAX_FILE_BYTES = 15_000_000  # small enough for a repository
 POLL_S = 0.2
@@ -45,7 +49,7 @@ def recipe(root: Path, configs: Path, num_items: int) -> tuple[Step, ...]:
 
     common = f"model.path={start}", f"data.sources=[{{path: {data / 'shards'}}}]"
     parts = [
-        Step(name=part, command=("train-part", *config(part), f"parts={root}", f"words={root / 'words'}"))
+        Step(name=part, command=("train-part", *config(part), f"parts={root}", f"words={root / WORDS}"))
         for part in TRAINED_PARTS
     ]
     make = ("make-data", "-o", str(data), "--num", str(num_items), "--tasks", DRAWN_TASKS, "--format", "webdataset")
@@ -59,6 +63,21 @@ def recipe(root: Path, configs: Path, num_items: int) -> tuple[Step, ...]:
         Step(name="stage2", command=("train", *config("stage2"), *common, f"model.connectors={connectors}")),
         Step(name="model", function=lambda: write_model(root)),
     )
+
+
+def take_finished(root: Path, finished: Path) -> list[str]:
+    """Copy tokenizers and parts that are in `finished` and not yet in `root`; returns the steps that they save.
+
+    Raises: ValueError where `root` has tokenizers of its own: parts that learned other words do not go together.
+    """
+    words = root / WORDS
+    if words.is_dir() and (words / IDS).read_bytes() != (finished / WORDS / IDS).read_bytes():
+        raise ValueError(f"finished={finished}: its parts learned other words than {words}; take another output folder")
+    names = [name for name in TRAINED_PARTS if (finished / name / "model").is_dir() and not (root / name).exists()]
+    for name in (*([] if words.is_dir() else [WORDS]), *names):
+        with atomic_folder(root / name, keep_existing=True) as temporary:
+            shutil.copytree(finished / name, temporary, dirs_exist_ok=True)
+    return names
 
 
 def write_model(root: Path) -> None:
@@ -80,6 +99,11 @@ class Recipe:
     def done(self) -> list[str]:
         path = self.root / DONE
         return read_json(path)["done"] if path.is_file() else []
+
+    def count_as_done(self, names: Sequence[str]) -> None:
+        for name in names:
+            if name not in self.done:
+                self._mark(name)
 
     def run(self, seconds: float | None = None) -> int:
         """All steps that are not done, for at most `seconds`; 0 where nothing is left, 143 where it was stopped.
