@@ -215,7 +215,11 @@ class FluxTransformer(nn.Module):
 
         Returns: velocity [B, L_img, out_channels].
         """
-        plan = self.plan(img.shape[1], modulation, pe, txt_lengths)
+        return self.denoise_planned(img, txt, modulation, self._attention(img.shape[1], pe, txt_lengths))
+
+    def denoise_planned(self, img: Tensor, txt: Tensor, modulation: Tensor, attention: AttentionPlan) -> Tensor:
+        """As `denoise`, attention as `attention` says."""
+        plan = PassPlan(img.shape[1], *self._split(modulation), attention)
         return self.remaining_blocks(self.first_block(self.x_embedder(img), txt, plan), plan)[1]
 
     def plan(self, num_img: int, modulation: Tensor, pe: Rope, txt_lengths: tuple[int, ...] | None = None) -> PassPlan:
@@ -223,9 +227,7 @@ class FluxTransformer(nn.Module):
 
         `denoise` is `first_block`, then `remaining_blocks`; a sampler that replaces the latter ends with `output`.
         """
-        doubles, singles, output = self._split(modulation)
-        lengths = None if txt_lengths is None else tuple(num_img + n for n in txt_lengths)
-        return PassPlan(num_img, doubles, singles, output, AttentionPlan(pe, lengths, self.attention_backend))
+        return PassPlan(num_img, *self._split(modulation), self._attention(num_img, pe, txt_lengths))
 
     def first_block(self, img: Tensor, txt: Tensor, plan: PassPlan) -> Streams:
         """The first double block; img: from `x_embedder` [B, L_img, D]; txt: as in `denoise`."""
@@ -244,6 +246,10 @@ class FluxTransformer(nn.Module):
         """The velocity [B, L_img, out_channels] of an image stream as it is behind the last block [B, L_img, D]."""
         scale, shift = plan.output
         return self.proj_out(adaln_modulate(img, scale, shift))
+
+    def _attention(self, num_img: int, pe: Rope, txt_lengths: tuple[int, ...] | None) -> AttentionPlan:
+        lengths = None if txt_lengths is None else tuple(num_img + n for n in txt_lengths)
+        return AttentionPlan(pe, lengths, self.attention_backend)
 
     def _split(self, modulation: Tensor):
         """Views of one row of the table: 4 triples a double block, 1 a single block, (scale, shift) of the output."""
