@@ -11,12 +11,12 @@ from uniworld.train.ablations import ABLATIONS, Ablation
 
 # Of a result's figures, their titles and units.
 FIGURES = {
-    "t2i": ("text to image", "%"),
-    "edit": ("editing", "%"),
+    "t2i": ("t2i", "%"),
+    "edit": ("edit", "%"),
     "changed": ("changed", "%"),
     "stayed": ("stayed", "%"),
-    "psnr_db": ("outside, dB", "dB"),
-    "perceive": ("perception", "%"),
+    "psnr_db": ("rest dB", "dB"),
+    "perceive": ("perceive", "%"),
 }
 
 
@@ -32,7 +32,7 @@ def print_list() -> None:
 def print_result(ablation: Ablation, found: Sequence[dict[str, Any]]) -> None:
     """The tables on stdout."""
     console = Console(highlight=False)
-    console.print(ablation.question)
+    console.print(f"{ablation.question}\nIn percent, and decibels outside the mask:")
     console.print(figures_table(found))
     if ablation.by_region:
         console.print("Edits that succeed, by the share of the picture that they change:")
@@ -55,10 +55,10 @@ def regions_table(found: Sequence[dict[str, Any]]) -> Table:
 
 
 def told(value: float | None, unit: str) -> str:
-    """A score as the tables show it."""
+    """A score as the tables show it; they must fit 80 columns."""
     if value is None:
         return "-"
-    return f"{100 * value:.1f} %" if unit == "%" else f"{value:.1f}"
+    return f"{100 * value:.1f}" if unit == "%" else f"{value:.1f}"
 
 
 def _right_aligned(table: Table) -> Table:

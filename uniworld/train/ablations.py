@@ -77,7 +77,7 @@ ABLATIONS = {
     ),
     "no-siglip": Ablation(
         question="What does the semantic encoder add to the VLM's states?",
-        variants=(FULL, Variant(title="without the semantic encoder", run="stage2-no-siglip")),
+        variants=(FULL, Variant(title="no semantic encoder", run="stage2-no-siglip")),
     ),
     "vae": Ablation(
         question="Are semantic states of the reference better than VAE latents?",
