@@ -170,6 +170,7 @@ SMALL = ("data.batch_size=2", "data.anchor_px=4096", "data.vlm_max_px=3136", "da
 SMALL += ("--steps", "2", "--num", "1", "--draw-steps", "1", "--columns", "edit add", "--workers", "1")
 
 
+@pytest.mark.slow
 def test_one_from_end_to_end(ablate, tmp_path):
     """Two runs, two exports, two scores; the same command again has nothing to do."""
     pytest.importorskip("deepspeed")
@@ -208,7 +209,7 @@ def test_one_from_end_to_end(ablate, tmp_path):
     assert code == 2 and "holds runs of seed=0, not 1; take another" in err
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", sorted(set(ABLATIONS) - {"ema"}))
 def test_all_presets_work(ablate, tmp_path, name):
     pytest.importorskip("deepspeed")

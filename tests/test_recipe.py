@@ -78,7 +78,7 @@ def test_the_command_lists_its_steps_and_stops_on_a_signal(tmp_path):
             os.killpg(process.pid, signal.SIGKILL)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_recipe_from_nothing_to_an_edit(tmp_path):
     """All steps with two optimizer steps each; the model is complete and draws."""
     configs, root = tmp_path / "configs", tmp_path / "runs"

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -20,6 +21,7 @@ from uniworld.checkpoint.names import VLM, authors_names
 from uniworld.config import CheckpointConfig, EMAConfig, OptimConfig
 from uniworld.data.scenes import edits
 from uniworld.data.scenes.tasks import make_item
+from uniworld.engine import Engine
 from uniworld.models.prompts import ANSWER_START, VLMInputs
 from uniworld.models.siglip import SemanticEncoder
 from uniworld.models.task_head import TaskHead
@@ -31,7 +33,8 @@ from uniworld.train.metrics import read_metrics
 from uniworld.train.parts import base, loop, make_part, semantic_encoder, task_head, vlm
 from uniworld.train.parts import words as parts_words
 from uniworld.train.parts.config import PartConfig, load_part_config
-from uniworld.train.parts.vae import picture
+from uniworld.train.parts.start import write_start
+from uniworld.train.parts.vae import picture as picture_of
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -160,7 +163,7 @@ def test_the_autoencoder_learns_and_its_latents_have_unit_size(tmp_path):
     assert fresh < 11.5 and scores["psnr_db"] > fresh + 2.5, (fresh, scores)
     vae = ImageAutoencoder.from_config(json.loads((folder / "config.json").read_text()))
     vae.model.load_state_dict(load_file(folder / "diffusion_pytorch_model.safetensors"), strict=True)
-    pixels = torch.cat([to_pixels(Image.fromarray(picture(seed, "train", 64))) for seed in range(16)])
+    pixels = torch.cat([to_pixels(Image.fromarray(picture_of(seed, "train", 64))) for seed in range(16)])
     latents = vae.mean_latents(pixels)
     assert float(latents.mean()) == pytest.approx(0, abs=0.2) and float(latents.std()) == pytest.approx(1, abs=0.2)
     with torch.no_grad():
@@ -416,6 +419,22 @@ def test_the_task_head_learns_on_the_states_that_the_engine_routes_by(words, par
     part.module.eval()
     drawn = head.draw_probability(part._states(batch)) >= 0.5
     assert drawn.tolist() == [bool(label) for label in batch["labels"]]
+
+
+def test_parts_make_a_checkpoint_that_draws_and_routes(words, parts, tmp_path):
+    """What stage 1 starts from; the parts are hardly trained, their connectors are fresh."""
+    shutil.copytree(parts, tmp_path, dirs_exist_ok=True)
+    for name in ("base", "task_head", "semantic_encoder"):
+        make_part(part_config(name, tmp_path / name, words, parts)).export(tmp_path / name / "model")
+    folder = write_start(tmp_path, tmp_path / "start")
+    assert not (folder / "flux" / "transformer").exists()  # the checkpoint holds the DiT
+    engine = Engine.from_pretrained(str(folder), progress=False)
+    picture = Image.fromarray(picture_of(3, "train", 128))
+    result = engine.edit(picture, "make the ball red", num_inference_steps=1, seed=0)
+    assert result.images[0].size == (128, 128) and not engine.model.random_weights
+    asked = [{"role": "user", "content": "what is this?"}]
+    reply = engine.chat(asked, mode="auto", num_inference_steps=1, max_new_tokens=1)
+    assert 0 < reply.draw_probability < 1
 
 
 def test_routing_asks_as_the_engine_does(words):
