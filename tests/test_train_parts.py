@@ -403,9 +403,18 @@ def test_the_base_draws_its_samples_and_scores(words, parts, tmp_path):
 
 
 def test_a_part_says_which_other_it_needs(words, tmp_path):
-    for name, needed in (("base", "vae"), ("task_head", "vlm")):
-        with pytest.raises(FileNotFoundError, match=f"{needed}/model is not there; train it first"):
+    for name, wanted in (("base", "vae/model: holds no image autoencoder"), ("task_head", "vlm/model is not there")):
+        with pytest.raises(FileNotFoundError, match=f"{wanted}; train"):
             make_part(part_config(name, tmp_path, words, tmp_path))
+
+
+def test_the_autoencoder_may_start_from_exported_weights(parts, tmp_path):
+    folder = parts / "vae" / "model"
+    part = make_part(PartConfig(part="vae", run_dir=str(tmp_path), num_steps=1, seed=7, start=str(folder)))
+    stored = load_file(folder / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(p, stored[name].float()) and p.requires_grad for name, p in part.module.named_parameters())
+    with pytest.raises(ValueError, match="only part vae starts from exported weights, not vlm"):
+        PartConfig(part="vlm", run_dir=str(tmp_path), num_steps=1, start=str(folder))
 
 
 def test_the_task_head_learns_on_the_states_that_the_engine_routes_by(words, parts, tmp_path):

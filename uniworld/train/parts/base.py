@@ -16,13 +16,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from uniworld.checkpoint.build import encoder_plan
-from uniworld.checkpoint.locate import read_json
 from uniworld.checkpoint.names import diffusers_names
 from uniworld.checkpoint.save import save_module, with_prefix, write_json
 from uniworld.checkpoint.tiny import STORED_DTYPE
 from uniworld.checkpoint.tiny_configs import MODEL_INDEX, SCHEDULER, clip_config
-from uniworld.checkpoint.weights import fill
 from uniworld.config import FlowConfig
 from uniworld.data.scenes.make import VERSION
 from uniworld.data.scenes.tasks import Item, make_item
@@ -33,12 +30,12 @@ from uniworld.models.flow import LATENT_SCALE, image_ids, initial_noise, sigmas,
 from uniworld.models.flux import FluxConfig, FluxTransformer
 from uniworld.models.text_encoders import TextEncoders, token_ids
 from uniworld.models.tokenizers import load_tokenizer
-from uniworld.models.vae import ImageAutoencoder, to_pil
+from uniworld.models.vae import to_pil
 from uniworld.train.noise import draw_sigma
 from uniworld.train.parts.config import PartConfig
 from uniworld.train.parts.latents import LatentCache, file_mark
 from uniworld.train.parts.sizes import DENOISER, VAE, t5_config
-from uniworld.train.parts.vae import as_pixels
+from uniworld.train.parts.vae import DIFFUSERS_STEM, as_pixels, load_vae
 from uniworld.train.parts.words import IDS, caption, open_tokenizers, read_ids
 
 # Of ten pictures five are drawn for prompts; the rest are the targets of the other tasks, maps and styles among them.
@@ -49,7 +46,6 @@ NO_POOLED_RATE = 0.5  # of prompts whose pooled embedding is that of "", as the 
 SCORED_AT_ONCE = 32
 SCORED_SIGMAS = (0.2, 0.5, 0.8)
 NUM_SAMPLES, SAMPLE_STEPS = 16, 28
-DIFFUSERS_STEM = "diffusion_pytorch_model"  # of the names of weight files
 
 
 class BaseModel(nn.Module):
@@ -221,17 +217,6 @@ class TextToImage:
             velocity = denoiser(latents, states, pooled, levels[step] * ones, ones, ids)
             latents = flow_step(latents, velocity, change[None])
         return unpack(latents, size, size)
-
-
-def load_vae(folder: Path) -> ImageAutoencoder:
-    """The trained image autoencoder, fp32 and frozen. Raises: FileNotFoundError where it is not trained yet."""
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"parts: {folder} is not there; train it first (configs/tiny/vae.yaml)")
-    vae = ImageAutoencoder.from_config(read_json(folder / "config.json"))
-    plan = encoder_plan(folder, vae.model, torch.device("cpu"), torch.float32, stem=DIFFUSERS_STEM)
-    plan.check()
-    fill([plan])
-    return vae.requires_grad_(False)
 
 
 def what_is_said(item: Item) -> str:

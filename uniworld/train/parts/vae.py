@@ -14,15 +14,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from uniworld.checkpoint.build import encoder_plan
+from uniworld.checkpoint.locate import read_json
 from uniworld.checkpoint.save import save_module
 from uniworld.checkpoint.tiny import STORED_DTYPE
+from uniworld.checkpoint.weights import fill
 from uniworld.data.scenes.tasks import MIXTURE, make_item
+from uniworld.models.vae import ImageAutoencoder
 from uniworld.train.parts.config import PartConfig
 from uniworld.train.parts.sizes import VAE
 
 TASKS = tuple(MIXTURE)
 KL_WEIGHT = 1e-6
 SCORED_AT_ONCE = 32
+DIFFUSERS_STEM = "diffusion_pytorch_model"  # of the names of weight files
 
 
 class Autoencoder:
@@ -36,6 +41,8 @@ class Autoencoder:
         torch.manual_seed(config.seed)
         self.config = config
         self.module: nn.Module = AutoencoderKL.from_config(VAE)
+        if config.start is not None:
+            self.module.load_state_dict(load_vae(Path(config.start)).model.state_dict())
 
     @property
     def _device(self) -> torch.device:
@@ -80,7 +87,18 @@ class Autoencoder:
         values = torch.cat(latents)
         settings = VAE | {"scaling_factor": 1 / float(values.std()), "shift_factor": float(values.mean())}
         stored = ((name, tensor.to(STORED_DTYPE)) for name, tensor in self.module.named_parameters())
-        save_module(folder, stored, settings, stem="diffusion_pytorch_model")
+        save_module(folder, stored, settings, stem=DIFFUSERS_STEM)
+
+
+def load_vae(folder: Path) -> ImageAutoencoder:
+    """A trained image autoencoder, fp32 and frozen. Raises: FileNotFoundError where there is none."""
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder}: holds no image autoencoder; train one first (configs/tiny/vae.yaml)")
+    vae = ImageAutoencoder.from_config(read_json(folder / "config.json"))
+    plan = encoder_plan(folder, vae.model, torch.device("cpu"), torch.float32, stem=DIFFUSERS_STEM)
+    plan.check()
+    fill([plan])
+    return vae.requires_grad_(False)
 
 
 def picture(seed: int, split: str, size_px: int) -> np.ndarray:
