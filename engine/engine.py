@@ -17,6 +17,7 @@ from uniworld.engine.conditioner import Conditioner
 from uniworld.engine.decoder import Decoder
 from uniworld.engine.denoiser import Denoiser
 from uniworld.engine.graphs import GraphSetting, StepGraphs
+from uniworld.engine.lora import LoraMethods
 from uniworld.engine.request import DrawingSettings, Job, Request, Result, draw_seed
 from uniworld.engine.scheduler import Scheduler
 from uniworld.kernels.attention_backends import choose_backend
@@ -29,7 +30,7 @@ ImageLike = Image.Image | str | bytes | os.PathLike
 CHAT_MODES = ("auto", "image", "text")
 
 
-class Engine:
+class Engine(LoraMethods):
     """Understands, generates, edits and perceives images with one UniWorld-V1 model.
 
     `edit`, `generate`, `perceive` and `chat` answer one request; `submit` and `step` serve many in batches.

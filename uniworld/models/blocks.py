@@ -141,7 +141,7 @@ class GELUProjection(nn.Module):
         self.proj = nn.Linear(dim, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
-        return gelu_linear(x, self.proj.weight, self.proj.bias)
+        return gelu_of(self.proj, x)
 
 
 class FeedForward(nn.Module):
@@ -208,8 +208,17 @@ class SingleBlock(nn.Module):
     def forward(self, normed: Tensor, plan: AttentionPlan) -> Tensor:
         """Normalized joint sequence [B, S, D] -> the block's update [B, S, D]; the caller adds `gate * update`."""
         attn = self.attn(normed, plan)
-        mlp = gelu_linear(normed, self.proj_mlp.weight, self.proj_mlp.bias)
+        mlp = gelu_of(self.proj_mlp, normed)
+        if type(self.proj_out) is not nn.Linear:
+            return self.proj_out(torch.cat([attn, mlp], dim=-1))
         return linear_of_pair(attn, mlp, self.proj_out.weight, self.proj_out.bias)
+
+
+def gelu_of(linear: nn.Module, x: Tensor) -> Tensor:
+    """Tanh-GELU of a linear, in one op where it is a plain one; what stands in its place (LoRA) is called."""
+    if type(linear) is not nn.Linear:
+        return F.gelu(linear(x), approximate="tanh")
+    return gelu_linear(x, linear.weight, linear.bias)
 
 
 def linear_of_pair(a: Tensor, b: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
