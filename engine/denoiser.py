@@ -4,18 +4,18 @@ import torch
 from torch import Tensor
 
 from uniworld.engine.graphs import GraphSteps, StepGraphs
+from uniworld.engine.parallel import ParallelFlux
 from uniworld.engine.request import Job, Request, StepInfo
 from uniworld.engine.step_cache import predictor
-from uniworld.engine.steps import EagerSteps, PreparedBatch, PreparedPass
+from uniworld.engine.steps import DiT, EagerSteps, PreparedBatch, PreparedPass
 from uniworld.models import flow
 from uniworld.models.conditioning import Conditioning
-from uniworld.models.flux import FluxTransformer
 
 
 class Denoiser:
     """Runs batches of jobs of equal shape through the DiT. Latents stay fp32 between steps."""
 
-    def __init__(self, model: FluxTransformer, shift: dict[str, float] | None = None, graphs: StepGraphs | None = None):
+    def __init__(self, model: DiT, shift: dict[str, float] | None = None, graphs: StepGraphs | None = None):
         self.model = model
         self.shift = shift or {}
         self.graphs = StepGraphs() if graphs is None else graphs
@@ -46,6 +46,8 @@ class Denoiser:
         for step in range(prepared.num_steps):
             latents = steps.step(step)
             report_step(batch, step, prepared.sigmas[step + 1], latents)
+            if isinstance(self.model, ParallelFlux):
+                self.model.agree_on_cancelled(batch)
             if all(job.cancelled for job in batch):
                 break
         return latents

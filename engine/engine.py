@@ -9,15 +9,18 @@ from typing import Any, Unpack
 
 import torch
 from PIL import Image
+from torch.distributed import ProcessGroup
 
 from uniworld.checkpoint.load import load_uniworld
 from uniworld.checkpoint.precision import default_device
 from uniworld.engine.chat import ChatReply, parse_messages
+from uniworld.engine.compiled import compile_blocks, warm_up
 from uniworld.engine.conditioner import Conditioner
 from uniworld.engine.decoder import Decoder
 from uniworld.engine.denoiser import Denoiser
 from uniworld.engine.graphs import GraphSetting, StepGraphs
 from uniworld.engine.lora import LoraMethods
+from uniworld.engine.parallel import ParallelFlux
 from uniworld.engine.request import DrawingSettings, Job, Request, Result, draw_seed
 from uniworld.engine.scheduler import Scheduler
 from uniworld.kernels.attention_backends import choose_backend
@@ -44,11 +47,17 @@ class Engine(LoraMethods):
         attention: str = "auto",
         max_batch_size: int = 4,
         cuda_graphs: GraphSetting = "auto",
+        compile: bool = False,
+        sequence_parallel: ProcessGroup | None = None,
+        progress: bool = False,
     ):
-        """`attention`: a backend's name, or "auto" for the fastest exact one that this machine has.
+        """Make an engine of a loaded model.
 
-        `cuda_graphs`: "auto" replays steps as CUDA graphs where that can be done, and `Result.graphs` says where not;
-        True raises where there is no CUDA device or recording fails, False never records.
+        Args:
+            attention: a backend's name, or "auto" for the fastest exact one that this machine has.
+            cuda_graphs: "auto" replays steps as CUDA graphs where that can be done, and `Result.graphs` says where not;
+                True raises where there is no CUDA device or recording fails, False never records.
+            compile, sequence_parallel: as for `from_pretrained`. progress: say on stderr how long compiling took.
         """
         self.model = model
         head_dim = model.denoiser.config.attention_head_dim
@@ -57,9 +66,13 @@ class Engine(LoraMethods):
         self.scheduler = Scheduler(max_batch_size)
         self._unclaimed: dict[int, Result] = {}  # of submitted requests, finished in the batches of a `run`
         self.conditioner = Conditioner(model)
+        self.parallel = None if sequence_parallel is None else ParallelFlux(model.denoiser, sequence_parallel)
         graphs = StepGraphs(cuda_graphs)
         graphs.check_device(model.device)
-        self.denoiser = Denoiser(model.denoiser, asdict(model.time_shift), graphs)
+        self.denoiser = Denoiser(self.parallel or model.denoiser, asdict(model.time_shift), graphs)
+        if compile:
+            compile_blocks(model.denoiser)
+            warm_up(self.denoiser.model, told=progress)
         self.decoder = Decoder(model.vae)
 
     @classmethod
@@ -77,6 +90,8 @@ class Engine(LoraMethods):
         use_t5: bool | None = None,
         max_batch_size: int = 4,
         cuda_graphs: GraphSetting = "auto",
+        compile: bool = False,
+        sequence_parallel: ProcessGroup | None = None,
     ) -> "Engine":
         """Load a model and make an engine of it.
 
@@ -88,6 +103,9 @@ class Engine(LoraMethods):
             progress: draw a progress bar on stderr while loading. check_finite: refuse NaN and Inf in weights.
             use_t5: False never loads T5, which saves 9.5 GB at full scale.
             cuda_graphs: as in `Engine`.
+            compile: run the DiT's blocks through `torch.compile`; takes a while before the first request.
+            sequence_parallel: processes that draw every request together, each with a model on a GPU of its own and
+                each making the same calls with the same arguments; all get the same result.
         """
         StepGraphs(cuda_graphs).check_device(default_device() if device is None else torch.device(device))
         loaded = load_uniworld(
@@ -100,7 +118,15 @@ class Engine(LoraMethods):
             check_finite=check_finite,
             use_t5=use_t5,
         )
-        return cls(loaded, attention=attention, max_batch_size=max_batch_size, cuda_graphs=cuda_graphs)
+        return cls(
+            loaded,
+            attention=attention,
+            max_batch_size=max_batch_size,
+            cuda_graphs=cuda_graphs,
+            compile=compile,
+            sequence_parallel=sequence_parallel,
+            progress=progress,
+        )
 
     def edit(self, images: ImageLike | Sequence[ImageLike], prompt: str, **settings: Unpack[DrawingSettings]) -> Result:
         """Redraw reference images as `prompt` asks.
@@ -162,7 +188,7 @@ class Engine(LoraMethods):
         job = self._job(request)
         with self._timed([job], "condition"):
             job.reading = self.conditioner.read(job.inputs, keep_cache=mode != "image")
-        probability = self.conditioner.draw_probability(job.reading) if mode == "auto" else None
+        probability = self._same(self.conditioner.draw_probability(job.reading)) if mode == "auto" else None
         if mode == "image" or (probability is not None and probability >= 0.5):
             result = self._finish([job])[job.id]
             return ChatReply(
@@ -226,10 +252,14 @@ class Engine(LoraMethods):
             request=request,
             height=height,
             width=width,
-            seed=draw_seed(request.seed),
+            seed=self._same(draw_seed(request.seed)),
             inputs=self.conditioner.tokenize(request),
             negative_inputs=self.conditioner.tokenize_negative(request),
         )
+
+    def _same(self, value: Any) -> Any:
+        """What is random or decided, the same on all processes that draw together."""
+        return value if self.parallel is None else self.parallel.same(value)
 
     def _result(self, job: Job) -> Result:
         job.timings["total"] = sum(job.timings.values())

@@ -9,17 +9,20 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from uniworld.engine.parallel import ParallelFlux
 from uniworld.engine.request import StepCacheReport
 from uniworld.kernels.flow_step import flow_step
 from uniworld.models.blocks import Rope
 from uniworld.models.conditioning import Conditioning
 from uniworld.models.flux import FluxTransformer
 
+DiT = FluxTransformer | ParallelFlux
+
 
 class PreparedPass:
     """One conditioning made ready for all steps: projected text and the modulation of every step in one table."""
 
-    def __init__(self, model: FluxTransformer, conditioning: Conditioning, sigmas: Tensor, guidance: Tensor | None):
+    def __init__(self, model: DiT, conditioning: Conditioning, sigmas: Tensor, guidance: Tensor | None):
         self.model = model
         self.txt = model.embed_txt(conditioning.txt)
         self.txt_lengths = conditioning.lengths_if_padded
@@ -37,7 +40,7 @@ class PreparedBatch:
     sigmas: N + 1 numbers on the host; dsigma: their differences [N] on the device.
     """
 
-    model: FluxTransformer
+    model: DiT
     passes: list[PreparedPass]
     latents: Tensor
     pe: Rope

@@ -6,7 +6,7 @@ the residual add and gate are fused with the norm and modulation of whatever com
 Letters: B batch, L tokens of one stream, S tokens of the joint sequence (image first), D channels, H heads.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -35,12 +35,24 @@ class Modulation(NamedTuple):
     gate: Tensor
 
 
+class HeadExchange(Protocol):
+    """Sequence parallelism: each process holds some tokens of every head, and attends with some heads to all tokens."""
+
+    def scatter_heads(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Own tokens of all heads, each [B, S_own, H, Dh] -> all tokens of own heads [B, S, H_own, Dh]."""
+
+    def gather_heads(self, x: Tensor) -> Tensor:
+        """The way back, [B, S, H_own, Dh] -> [B, S_own, H, Dh]."""
+
+
 class AttentionPlan(NamedTuple):
     """What every attention call of a pass shares: the tables, the valid lengths and the backend."""
 
     rope: Rope
     lengths: tuple[int, ...] | None
     backend: str
+    exchange: HeadExchange | None = None
+    """With others for the tokens that are not here; `lengths` then count those of all."""
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
@@ -48,9 +60,17 @@ def attend(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
 
     A padded batch leaves the compiled graph here: its lengths are Python numbers, and would be compiled anew each time.
     """
+    if plan.exchange is not None:
+        return _attend_across(q, k, v, plan)
     if plan.lengths is None:
         return joint_attention(q, k, v, backend=plan.backend)
     return _attend_padded(q, k, v, plan)
+
+
+@torch.compiler.disable
+def _attend_across(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
+    q, k, v = plan.exchange.scatter_heads(q, k, v)
+    return plan.exchange.gather_heads(joint_attention(q, k, v, lengths=plan.lengths, backend=plan.backend))
 
 
 @torch.compiler.disable

@@ -218,7 +218,7 @@ class FluxTransformer(nn.Module):
         return self.denoise_planned(img, txt, modulation, self._attention(img.shape[1], pe, txt_lengths))
 
     def denoise_planned(self, img: Tensor, txt: Tensor, modulation: Tensor, attention: AttentionPlan) -> Tensor:
-        """As `denoise`, attention as `attention` says."""
+        """As `denoise`, attention as `attention` says; with its `exchange`, these are only some of the tokens."""
         plan = PassPlan(img.shape[1], *self._split(modulation), attention)
         return self.remaining_blocks(self.first_block(self.x_embedder(img), txt, plan), plan)[1]
 

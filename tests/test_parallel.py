@@ -1,0 +1,136 @@
+"""Sequence parallelism: several processes draw what one draws."""
+
+import os
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from parallel_worker import PASSES, REQUESTS, prepared, small_flux
+from PIL import Image, ImageChops
+from safetensors.torch import load_file
+
+from uniworld.engine import Engine, parallel
+
+HERE = Path(__file__).parent
+
+
+def torchrun(*command, timeout=280):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    path = os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    return subprocess.run(
+        [*launcher, *map(str, command)], env=environment, capture_output=True, text=True, timeout=timeout
+    )
+
+
+class Threads:
+    """The collectives of `torch.distributed` among threads of this process."""
+
+    def __init__(self, size):
+        self.size, self.own = size, threading.local()
+        self.barrier, self.box = threading.Barrier(size, timeout=60), [None] * size
+
+    def get_rank(self, group):
+        return self.own.rank
+
+    def get_world_size(self, group):
+        return self.size
+
+    def exchanged(self, value):
+        """What every thread brought."""
+        self.box[self.own.rank] = value
+        self.barrier.wait()
+        brought = list(self.box)
+        self.barrier.wait()
+        return brought
+
+    def all_to_all_single(self, received, sent, sizes_in, sizes_out, group):
+        pieces = [brought[self.own.rank] for brought in self.exchanged(sent.split(sizes_out))]
+        assert [len(piece) for piece in pieces] == sizes_in
+        received.copy_(torch.cat(pieces))
+
+    def all_gather_into_tensor(self, gathered, own, group):
+        gathered.copy_(torch.cat(self.exchanged(own)))
+
+    def run(self, function):
+        def of_rank(rank):
+            self.own.rank = rank
+            with torch.no_grad():
+                return function()
+
+        with ThreadPoolExecutor(self.size) as pool:
+            return list(pool.map(of_rank, range(self.size)))
+
+
+@pytest.mark.parametrize("size", [2, 4, 8])
+def test_24_heads_over_2_4_and_8(monkeypatch, size):
+    """In fp64, with lengths that do not divide by the number of processes, alone and padded."""
+    group = Threads(size)
+    monkeypatch.setattr(parallel, "dist", group)
+    model = small_flux(heads=24, dtype=torch.float64)
+    monkeypatch.setitem(PASSES, "uneven", ((3, 7), 13, None))
+    monkeypatch.setitem(PASSES, "padded", ((3, 7), 13, (5, 13, 11)))
+    for name in ("uneven", "padded"):
+        arguments = prepared(model, name)
+        with torch.no_grad():
+            expected = model.denoise(*arguments)
+        found = group.run(lambda arguments=arguments: parallel.ParallelFlux(model, None).denoise(*arguments))
+        assert len(found) == size
+        for velocity in found:
+            assert torch.equal(velocity, found[0])
+            torch.testing.assert_close(velocity, expected, rtol=1e-11, atol=1e-11)
+
+
+def test_shares_are_equal_up_to_one_token():
+    for length, size in ((24, 8), (23, 8), (9, 2), (8, 8)):
+        found = parallel.shares(length, size)
+        counts = [part.stop - part.start for part in found]
+        assert len(found) == size and sum(counts) == length and max(counts) - min(counts) <= 1
+        assert [i for part in found for i in range(length)[part]] == list(range(length))
+
+
+def test_mistakes_are_told(monkeypatch):
+    model = small_flux()
+    monkeypatch.setattr(parallel, "dist", SimpleNamespace(get_rank=lambda g: 0, get_world_size=lambda g: 3))
+    with pytest.raises(ValueError, match="sequence_parallel: 3 processes, must be a divisor of the DiT's 4 heads"):
+        parallel.ParallelFlux(model, None)
+    monkeypatch.setattr(parallel, "dist", SimpleNamespace(get_rank=lambda g: 0, get_world_size=lambda g: 4))
+    monkeypatch.setitem(PASSES, "even", ((4, 4), 3, None))
+    with pytest.raises(ValueError, match="sequence_parallel: 16 image and 3 text tokens, needs at least 4 tokens"):
+        parallel.ParallelFlux(model, None).denoise(*prepared(model, "even"))
+
+
+def test_two_processes_equal_one(tmp_path):
+    done = torchrun(HERE / "parallel_worker.py", tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = load_file(tmp_path / "results.safetensors")
+    for name in PASSES:
+        model = small_flux(dtype=found[name].dtype)
+        with torch.no_grad():
+            expected = model.denoise(*prepared(model, name))
+        bound = 1e-5 if name != "bf16" else 0.02 * float(expected.abs().max())
+        assert (found[name] - expected).abs().max() <= bound, name
+    engine = Engine.from_pretrained("tiny", device="cpu", progress=False)
+    for index, result in enumerate(engine.run(REQUESTS)):
+        torch.testing.assert_close(found[f"picture{index}"], result.latents, rtol=1e-5, atol=1e-5)
+    assert found["stopped"].isfinite().all()
+
+
+@pytest.mark.slow
+def test_command_line_on_two_processes(tmp_path):
+    """The first process writes and speaks; the picture is that of one process."""
+    command = ["generate", "a cat", "--steps", 2, "--size", "64x48", "--seed", 3, "--device", "cpu"]
+    done = torchrun("-m", "uniworld.cli", *command, "--sequence-parallel", "-o", tmp_path / "two.png")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout == f"{tmp_path / 'two.png'}\n"
+    assert done.stderr.count("2 steps, seed 3") == 1 and done.stderr.count("are random") == 1
+    engine = Engine.from_pretrained("tiny", device="cpu", progress=False)
+    one = engine.generate("a cat", num_inference_steps=2, height=48, width=64, seed=3).images[0]
+    two = Image.open(tmp_path / "two.png")
+    assert two.size == (64, 48)
+    assert max(high for _, high in ImageChops.difference(one, two).getextrema()) <= 1
