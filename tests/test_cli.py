@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from uniworld import cli, cli_chat, cli_draw, environment
-from uniworld.cli_options import parse_size
+from uniworld.cli_options import parse_lora, parse_size
 
 ROOT = Path(__file__).resolve().parent.parent
 CAT = ROOT / "examples" / "cat.jpg"
@@ -200,6 +200,7 @@ BAD = {
     "output suffix": (["generate", "cat", "-o", "out.xyz"], "out.xyz: suffix '.xyz'"),
     "output is a folder": (["generate", "cat", "-o", "folder"], "folder: is a directory"),
     "chat image": (["chat", "hi", "--image", "none.png"], "none.png: no such file"),
+    "chat on several GPUs": (["chat", "hi", "--sequence-parallel"], "only edit, generate and perceive can run on"),
     "chat mode": (["chat", "hi", "--mode", "song"], "'song' is not one of 'auto', 'image', 'text'"),
     "chat output": (["chat", "hi", "-o", "good.png"], "good.png is a file, must be a folder"),
     "chat output in /proc": (["chat", "hi", "-o", "/proc/mine"], "--output /proc/mine: /proc cannot be written to"),
@@ -231,6 +232,9 @@ BAD_TO_LOAD = {
     "device": (["--device", "abacus"], "--device abacus: must be cpu, cuda or cuda:N"),
     "device number": (["--device", "cuda:99"], "--device cuda:99: torch"),
     "attention": (["--attention", "brief"], "attention='brief'"),
+    "lora": (["--lora", "none.safetensors"], "lora=none.safetensors: no such file"),
+    "lora scale": (["--lora", "a.safetensors:big"], "--lora a.safetensors:big: big is no scale, must be a number"),
+    "no launcher": (["--sequence-parallel"], "sequence_parallel: start one process a GPU, for example with torchrun"),
 }
 
 
@@ -282,8 +286,10 @@ def test_options_reach_the_engine(run, fake):
             "--attention",
             "math",
             "--check-finite",
+            "--compile",
         ),
         *("--no-cuda-graphs", "--cache", "taylor", "--cache-interval", 4, "--cache-order", 2),
+        *("--lora", "cat.safetensors:0.5", "--lora", "dog"),
     )
     assert (code, out) == (0, "hat.png\n"), err
     assert "3 steps (1 computed)" in err
@@ -317,6 +323,9 @@ def test_options_reach_the_engine(run, fake):
         "attention": "math",
         "check_finite": True,
         "cuda_graphs": False,
+        "lora": ["cat.safetensors:0.5", "dog"],
+        "compile": True,
+        "sequence_parallel": False,
     }
 
 
@@ -599,6 +608,12 @@ def test_env_tells_what_a_forced_backend_cannot_do(monkeypatch):
         report = environment.gather()
     assert {op["backend"] for op in report["ops"].values()} == {"torch"}
     assert {op["why"] for op in report["ops"].values()} == {"UNIWORLD_KERNELS asks for it"}
+
+
+def test_parse_lora():
+    assert parse_lora("cat.safetensors") == ("cat.safetensors", 1.0)
+    assert parse_lora("owner/name:0.8") == ("owner/name", 0.8)
+    assert parse_lora("a:b/cat.safetensors:-1") == ("a:b/cat.safetensors", -1.0)
 
 
 @pytest.mark.parametrize("text, size", [("auto", (None, None)), ("512x768", (512, 768)), ("1024X64", (1024, 64))])

@@ -225,10 +225,12 @@ def main() -> None:
 
 
 def _leave(code: int) -> NoReturn:
-    """Exit, in a way that processes of one training survive."""
-    sharding = sys.modules.get("uniworld.train.sharding")
-    if sharding is not None and sharding.dist.is_initialized():
-        sharding.exit_process(code)
+    """Exit, in a way that processes of one training, or of one picture, survive."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        from uniworld.train.sharding import exit_process
+
+        exit_process(code)
     sys.exit(code)
 
 

@@ -59,6 +59,7 @@ def chat(
 ) -> None:
     from uniworld.models.images import read_image
 
+    load.refuse_sequence_parallel()
     if message is None and sys.stdin is None:
         raise ValueError("standard input is closed, so there is nobody to talk to; give a MESSAGE")
     check_folder(folder)

@@ -21,7 +21,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from uniworld.cli_options import DrawOptions, LoadOptions, ReportOptions
+from uniworld.cli_options import DrawOptions, LoadOptions, ReportOptions, parse_lora
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -91,18 +91,25 @@ def _draw_to_file(
     report: ReportOptions,
 ) -> None:
     """Check everything that can be checked without weights, load, draw, and write the picture in one move."""
+    from uniworld.engine.parallel import is_first_process
     from uniworld.models.images import check_writable, read_image, write_image
 
     settings = drawing.settings()
     check_writable(output)
+    writes = not load.sequence_parallel or is_first_process()
+    if not writes:
+        report = ReportOptions(quiet=True)
     console = stderr_console(report)
     with plain_warnings(console):
         images = [read_image(path) for path in paths]
         check_request(prompt, images, settings)
         engine, load_s = load_engine(load, drawing.t5, report)
-        note_random_weights(engine, NOISE_NOTE)
+        if writes:
+            note_random_weights(engine, NOISE_NOTE)
         with step_progress(console, drawing.steps) as on_step:
             result = draw(engine, images, {**settings, "on_step": on_step})
+        if not writes:
+            return
         write_image(result.images[0], output)
     print_drawn(console, result)
     if report.verbose:
@@ -132,22 +139,33 @@ def load_engine(load: LoadOptions, use_t5: bool | None, report: ReportOptions) -
     """The engine that the options ask for, and the seconds it took to load."""
     import torch
 
+    from uniworld.checkpoint.lora_files import find_file
     from uniworld.engine import Engine
+    from uniworld.engine.parallel import join_launched
 
     silence_libraries()
     start = time.perf_counter()
+    loras = [parse_lora(text) for text in load.lora or ()]
+    files = [find_file(path) for path, _ in loras]
+    device, group = checked_device(load.device), None
+    if load.sequence_parallel:
+        group, device = join_launched(device)
     engine = Engine.from_pretrained(
         model=load.model,
         flux=load.flux,
         siglip=load.siglip,
-        device=checked_device(load.device),
+        device=device,
         dtype=None if load.dtype == "auto" else getattr(torch, load.dtype.value),
         attention=load.attention,
         progress=not report.quiet,
         check_finite=load.check_finite,
         use_t5=use_t5,
         cuda_graphs="auto" if load.cuda_graphs is None else load.cuda_graphs,
+        compile=load.compile,
+        sequence_parallel=group,
     )
+    for file, (path, scale) in zip(files, loras):
+        engine.load_lora(file, name=path, scale=scale)
     return engine, time.perf_counter() - start
 
 

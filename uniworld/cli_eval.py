@@ -44,12 +44,14 @@ class EvalOptions:
 
 def scenes(folder: Path, options: EvalOptions, load: LoadOptions, report: ReportOptions) -> None:
     """Answer what is not answered yet, judge everything, print and write."""
+    load.refuse_sequence_parallel()
     columns = chosen(options.columns)
     check_size(options.size_px)
     if options.page is not None and options.page.suffix.lower() not in (".html", ".htm"):
         raise ValueError(f"--page {options.page}: must end in .html")
+    model = " + ".join([load.model, *(load.lora or ())])
     plan = SuitePlan(
-        model=load.model, seed=options.seed, steps=options.steps, guidance=options.guidance, size_px=options.size_px
+        model=model, seed=options.seed, steps=options.steps, guidance=options.guidance, size_px=options.size_px
     )
     open_folder(plan, folder)
     _answer(plan, columns, options, folder, load, report)

@@ -86,6 +86,35 @@ class LoadOptions:
             show_default=False,
         ),
     ] = None
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE|DIR|HUB-ID[:SCALE]",
+            help="LoRA of the DiT, such as cat.safetensors:0.8; may be repeated.",
+            rich_help_panel=MODEL_PANEL,
+        ),
+    ] = None
+    compile: Annotated[
+        bool,
+        typer.Option(
+            "--compile",
+            help="Compile the DiT's blocks first: worth it for many pictures in one process.",
+            rich_help_panel=MODEL_PANEL,
+        ),
+    ] = False
+    sequence_parallel: Annotated[
+        bool,
+        typer.Option(
+            "--sequence-parallel",
+            help="Draw one picture on several GPUs; start with `torchrun --nproc-per-node N -m uniworld.cli`.",
+            rich_help_panel=MODEL_PANEL,
+        ),
+    ] = False
+
+    def refuse_sequence_parallel(self) -> None:
+        """Raise in commands that do more than draw one picture."""
+        if self.sequence_parallel:
+            raise ValueError("--sequence-parallel: only edit, generate and perceive can run on several GPUs")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,6 +235,17 @@ def parse_size(text: str) -> tuple[int | None, int | None]:
     if not (width.isdecimal() and height.isdecimal()):
         raise ValueError(f"--size {text}: must be WIDTHxHEIGHT in pixels, for example 512x768, or auto")
     return int(width), int(height)
+
+
+def parse_lora(text: str) -> tuple[str, float]:
+    """`cat.safetensors:0.8` -> ("cat.safetensors", 0.8); without a scale it is 1."""
+    path, colon, scale = text.rpartition(":")
+    if not colon:
+        return text, 1.0
+    try:
+        return path, float(scale)
+    except ValueError:
+        raise ValueError(f"--lora {text}: {scale} is no scale, must be a number such as {path}:0.8") from None
 
 
 def with_options(**groups: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
