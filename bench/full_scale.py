@@ -19,6 +19,7 @@ from timing import Call, Samples, capture, interleave
 
 from uniworld.engine import Engine
 from uniworld.engine.cache import ConditioningCache
+from uniworld.engine.compiled import compile_blocks
 from uniworld.models import flow
 from uniworld.models.flux import FluxTransformer
 
@@ -65,7 +66,7 @@ class Case:
 
 CASES = [Case(task, size) for size in ((512, 1024) if FULL else (128,)) for task in ("text to image", "edit")]
 GRAPH, CACHED = "ours, CUDA graph", "ours, taylor cache"
-STEP_SIDES = ("ours", GRAPH, "diffusers eager", "diffusers compiled")
+STEP_SIDES = ("ours", "ours compiled", GRAPH, "diffusers eager", "diffusers compiled")
 REQUEST_SIDES = ("ours", CACHED, "diffusers eager", "diffusers compiled")
 
 
@@ -89,7 +90,7 @@ def test_gemm(report):
 @pytest.mark.parametrize("side", STEP_SIDES)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_step(case, side, report):
-    if not side.startswith("ours") and not HAS_DIFFUSERS:
+    if side.startswith("diffusers") and not HAS_DIFFUSERS:
         pytest.skip(MISSING)
     if side == GRAPH and not CUDA:
         pytest.skip("needs a CUDA device")
@@ -111,10 +112,11 @@ def steps() -> dict:
     free()
     ours = random_flux(denoiser_config(SIZE), DTYPE, DEVICE)
     models = peer_models(ours)
+    compiled = compiled_flux(ours)
     results = {}
     for case in CASES:
         inputs = step_inputs(case, ours, DTYPE)
-        calls = {"ours": prepared_step(ours, inputs)}
+        calls = {"ours": prepared_step(ours, inputs), "ours compiled": prepared_step(compiled, inputs)}
         calls |= {side: functools.partial(peer_step, model, inputs) for side, model in models.items()}
         if CUDA:
             calls[GRAPH] = replayed(calls["ours"])
@@ -131,7 +133,7 @@ def steps() -> dict:
             prediction, peak = done[side]
             error = relative_error(prediction, truths[case]) if case in truths else None
             results[case, side] = (samples[side], peak, error)
-    del ours, models
+    del ours, compiled, models
     free()
     return results
 
@@ -144,6 +146,16 @@ def peer_models(ours: FluxTransformer) -> dict:
     torch._dynamo.reset()
     compiled.compile_repeated_blocks(fullgraph=True, dynamic=False)
     return {"diffusers eager": eager, "diffusers compiled": compiled}
+
+
+def compiled_flux(ours: FluxTransformer) -> FluxTransformer:
+    """Ours a second time, on the same weights, with its blocks compiled as `Engine(compile=True)` does."""
+    with torch.device("meta"):
+        twin = FluxTransformer(ours.config)
+    twin.load_state_dict(ours.state_dict(), assign=True)
+    twin.eval().requires_grad_(False)
+    compile_blocks(twin)
+    return twin
 
 
 def fp32_truths() -> dict[Case, torch.Tensor]:
