@@ -115,8 +115,8 @@ class ParallelFlux:
 
     def same(self, value: Any) -> Any:
         """The first process's value, on all; what is random or decided must not differ. A collective."""
-        values = [value]
-        dist.broadcast_object_list(values, group=self.exchange.group, group_src=0)
+        values, device = [value], self.x_embedder.weight.device
+        dist.broadcast_object_list(values, group=self.exchange.group, group_src=0, device=device)
         return values[0]
 
     def agree_on_cancelled(self, batch: list[Job]) -> None:
@@ -134,8 +134,10 @@ def is_first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def join_launched(device: str | None) -> tuple[dist.ProcessGroup, str]:
+def join_launched(device: str | None = None) -> tuple[dist.ProcessGroup, str]:
     """The group of all processes that torchrun started, and this process's device: NCCL on GPUs, gloo on CPUs.
+
+    device: "cpu" or "cuda"; None takes GPUs where there are any.
 
     Raises: ValueError without a launcher, or with fewer GPUs than processes.
     """

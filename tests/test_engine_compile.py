@@ -4,9 +4,10 @@ import pytest
 import torch
 from parallel_worker import PASSES, prepared, small_flux
 from safetensors.torch import save_file
+from test_parallel import Threads
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from uniworld.engine import Engine
+from uniworld.engine import Engine, parallel
 from uniworld.engine.compiled import compile_blocks, warm_up
 from uniworld.engine.lora import Loras
 
@@ -87,6 +88,24 @@ def test_factors_beside_some_blocks_are_seen(counted, tmp_path):
         loras.unload([])
     torch.testing.assert_close(compiled.denoise(*prepared(eager, "first")), before, rtol=1e-5, atol=1e-5)
     assert num_graphs(counted) <= 4  # those with factors in the blocks, beside the two without
+
+
+@pytest.mark.slow
+def test_sequence_parallel_blocks_leave_the_graph_for_their_attention_alone(counted, monkeypatch):
+    group = Threads(1)
+    monkeypatch.setattr(parallel, "dist", group)
+    compiled, eager = small_flux(), small_flux()
+    compile_blocks(compiled)
+
+    def run():
+        counts = []
+        for name in SIZES:
+            assert_equal_to_eager(parallel.ParallelFlux(compiled, None), eager, name)
+            counts.append(num_graphs(counted))
+        return counts
+
+    ((_, second, third),) = group.run(run)
+    assert second == third <= 8
 
 
 @pytest.mark.slow

@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_lora import dit_inputs
 from train_fakes import FLUX, small_config, small_model
 
+from uniworld.checkpoint.lora_files import find_file
 from uniworld.checkpoint.names import diffusers_names
 from uniworld.engine import Engine
 from uniworld.engine.lora import AdaptedLinear, Loras
@@ -42,17 +44,9 @@ def loras(denoiser):
 
 def inputs(dtype=torch.float64):
     """Timestep and guidance are zero, whose embedding is exact: diffusers computes it in fp32 whatever the dtype."""
-    generator = torch.Generator().manual_seed(2)
-
-    def random(*shape):
-        return torch.randn(shape, generator=generator).to(dtype)
-
-    ids = torch.zeros(6, 3)
-    ids[:, 1], ids[:, 2] = torch.arange(6) // 3, torch.arange(6) % 3
-    img, txt = random(2, 6, FLUX.in_channels), random(2, 5, FLUX.joint_attention_dim)
-    zeros = torch.zeros(2, dtype=dtype)
-    names = ("img", "txt", "pooled", "timestep", "guidance", "img_ids")
-    return dict(zip(names, (img, txt, random(2, FLUX.pooled_projection_dim), zeros, zeros, ids)))
+    img, txt, pooled, _, _, ids = dit_inputs(dtype)
+    zeros = torch.zeros(len(img), dtype=dtype)
+    return {"img": img, "txt": txt, "pooled": pooled, "timestep": zeros, "guidance": zeros, "img_ids": ids}
 
 
 @torch.no_grad()
@@ -388,6 +382,24 @@ def test_other_mistakes_are_told(tmp_path):
         known.load(tmp_path / "none", None, 1.0)
     with pytest.raises(FileNotFoundError, match="lora=nowhere.safetensors: no such file"):
         known.load("nowhere.safetensors", None, 1.0)
+
+
+def test_files_on_the_hub(tmp_path, monkeypatch):
+    asked = []
+
+    def fetch(name, allow_patterns):
+        asked.append((name, allow_patterns))
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    save_file(pair_for(Q, D, D), tmp_path / "style.safetensors")
+    assert find_file("owner/name/style.safetensors") == find_file("owner/name") == tmp_path / "style.safetensors"
+    assert asked[0] == ("owner/name", ["style.safetensors", "adapter_config.json"])
+    assert {"adapter_config.json", "lora.safetensors"} < set(asked[1][1])
+    with pytest.raises(
+        FileNotFoundError, match="lora=owner/name/other.safetensors: owner/name has no other.safetensors"
+    ):
+        find_file("owner/name/other.safetensors")
 
 
 def test_dora_is_refused(tmp_path):

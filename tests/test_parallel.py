@@ -12,9 +12,11 @@ import pytest
 import torch
 from parallel_worker import PASSES, REQUESTS, prepared, small_flux
 from PIL import Image, ImageChops
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from uniworld.checkpoint.tiny_configs import DENOISER
 from uniworld.engine import Engine, parallel
+from uniworld.models.flux import FluxConfig
 
 HERE = Path(__file__).parent
 
@@ -123,14 +125,25 @@ def test_two_processes_equal_one(tmp_path):
 
 @pytest.mark.slow
 def test_command_line_on_two_processes(tmp_path):
-    """The first process writes and speaks; the picture is that of one process."""
+    """The first process writes and speaks; the picture, drawn with a LoRA, is that of one process."""
+    dim, lora = FluxConfig.from_dict(DENOISER).dim, tmp_path / "style.safetensors"
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(shape, generator=generator) for shape in ((2, dim), (dim, 2)))
+    linear = "transformer.transformer_blocks.0.attn.to_out.0"
+    save_file({f"{linear}.lora_A.weight": a, f"{linear}.lora_B.weight": b}, lora)
     command = ["generate", "a cat", "--steps", 2, "--size", "64x48", "--seed", 3, "--device", "cpu"]
-    done = torchrun("-m", "uniworld.cli", *command, "--sequence-parallel", "-o", tmp_path / "two.png")
+    command += ["--sequence-parallel", "--lora", f"{lora}:2", "-o", tmp_path / "two.png"]
+    done = torchrun("-m", "uniworld.cli", *command)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout == f"{tmp_path / 'two.png'}\n"
     assert done.stderr.count("2 steps, seed 3") == 1 and done.stderr.count("are random") == 1
+
     engine = Engine.from_pretrained("tiny", device="cpu", progress=False)
-    one = engine.generate("a cat", num_inference_steps=2, height=48, width=64, seed=3).images[0]
-    two = Image.open(tmp_path / "two.png")
-    assert two.size == (64, 48)
-    assert max(high for _, high in ImageChops.difference(one, two).getextrema()) <= 1
+
+    def most_different():
+        one = engine.generate("a cat", num_inference_steps=2, height=48, width=64, seed=3).images[0]
+        return max(high for _, high in ImageChops.difference(one, Image.open(tmp_path / "two.png")).getextrema())
+
+    assert most_different() > 1
+    engine.load_lora(lora, scale=2.0)
+    assert most_different() <= 1
