@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from uniworld.engine.graphs import GraphSteps, StepGraphs
-from uniworld.engine.parallel import ParallelFlux
+from uniworld.engine.parallel import NO_CACHE, ParallelFlux
 from uniworld.engine.request import Job, Request, StepInfo
 from uniworld.engine.step_cache import predictor
 from uniworld.engine.steps import DiT, EagerSteps, PreparedBatch, PreparedPass
@@ -29,8 +29,11 @@ class Denoiser:
         for i, (job, report) in enumerate(zip(batch, steps.reports())):
             job.latents, job.graphs, job.step_cache = latents[i : i + 1], steps.how, report
 
-    def check_latents(self, latents: Tensor | None, height: int, width: int) -> None:
-        """Raise a ValueError unless `latents` is None or has the packed shape of a picture of this size."""
+    def check(self, request: Request, height: int, width: int) -> None:
+        """Raise a ValueError unless the request can be drawn here at this size (of its `latents`: the packed shape)."""
+        if request.cache is not None and isinstance(self.model, ParallelFlux):
+            raise ValueError(f"cache={request.cache!r}: {NO_CACHE}")
+        latents = request.latents
         shape = (1, (height // flow.TOKEN_PX) * (width // flow.TOKEN_PX), self.model.config.in_channels)
         if latents is not None and tuple(latents.shape) != shape:
             raise ValueError(f"latents: shape {tuple(latents.shape)}, must be {shape} (packed) for this size")

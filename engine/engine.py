@@ -18,7 +18,7 @@ from uniworld.engine.compiled import compile_blocks, warm_up
 from uniworld.engine.conditioner import Conditioner
 from uniworld.engine.decoder import Decoder
 from uniworld.engine.denoiser import Denoiser
-from uniworld.engine.graphs import GraphSetting, StepGraphs
+from uniworld.engine.graphs import GraphSetting, graphs_for_engine
 from uniworld.engine.lora import LoraMethods
 from uniworld.engine.parallel import ParallelFlux
 from uniworld.engine.request import DrawingSettings, Job, Request, Result, draw_seed
@@ -67,8 +67,7 @@ class Engine(LoraMethods):
         self._unclaimed: dict[int, Result] = {}  # of submitted requests, finished in the batches of a `run`
         self.conditioner = Conditioner(model)
         self.parallel = None if sequence_parallel is None else ParallelFlux(model.denoiser, sequence_parallel)
-        graphs = StepGraphs(cuda_graphs)
-        graphs.check_device(model.device)
+        graphs = graphs_for_engine(cuda_graphs, model.device, parallel=self.parallel is not None)
         self.denoiser = Denoiser(self.parallel or model.denoiser, asdict(model.time_shift), graphs)
         if compile:
             compile_blocks(model.denoiser)
@@ -107,7 +106,8 @@ class Engine(LoraMethods):
             sequence_parallel: processes that draw every request together, each with a model on a GPU of its own and
                 each making the same calls with the same arguments; all get the same result.
         """
-        StepGraphs(cuda_graphs).check_device(default_device() if device is None else torch.device(device))
+        on = default_device() if device is None else torch.device(device)
+        graphs_for_engine(cuda_graphs, on, parallel=sequence_parallel is not None)  # raises before anything is loaded
         loaded = load_uniworld(
             model,
             flux,
@@ -182,9 +182,7 @@ class Engine(LoraMethods):
         if mode not in CHAT_MODES:
             raise ValueError(f"mode={mode!r}: must be one of {', '.join(CHAT_MODES)}")
         talk = parse_messages(messages)
-        request = Request(
-            prompt=talk.prompt, images=talk.images, history=talk.history, system=talk.system, **settings
-        )
+        request = Request(prompt=talk.prompt, images=talk.images, history=talk.history, system=talk.system, **settings)
         job = self._job(request)
         with self._timed([job], "condition"):
             job.reading = self.conditioner.read(job.inputs, keep_cache=mode != "image")
@@ -247,7 +245,7 @@ class Engine(LoraMethods):
             first = request.images[0] if request.images else None
             in_height, in_width = (first.height, first.width) if first else (1, 1)
             height, width = output_size(in_height, in_width, self.model.anchor_px)
-        self.denoiser.check_latents(request.latents, height, width)
+        self.denoiser.check(request, height, width)
         return Job(
             request=request,
             height=height,

@@ -136,7 +136,12 @@ class StepGraphs:
         self._too_large.clear()
 
     def forbid(self, why: str) -> None:
-        """Record nothing from now on: for whoever lets steps do what a recording must not hold."""
+        """Record nothing from now on: for whoever lets steps do what a recording must not hold.
+
+        Raises: ValueError where graphs are required.
+        """
+        if self.setting is True:
+            raise ValueError(f"cuda_graphs=True: {why}")
         self.clear()
         self._broken = why
 
@@ -150,6 +155,8 @@ class StepGraphs:
         device = batch.latents.device
         if self.setting is False:
             return "CUDA graphs are switched off"
+        if self._broken:
+            return self._broken
         if device.type != self.recorder.device_type:
             return f"the model is on {device}, not on a CUDA device"
         if cache is not None:
@@ -161,7 +168,7 @@ class StepGraphs:
         key = graph_key(batch)
         if batch.num_steps < MIN_STEPS and key not in self._graphs:
             return f"fewer than {MIN_STEPS} steps do not pay for recording"
-        return self._broken or self._too_large.get(key, "")
+        return self._too_large.get(key, "")
 
     def steps(self, batch: PreparedBatch) -> "GraphSteps":
         key = graph_key(batch)
@@ -196,6 +203,18 @@ class StepGraphs:
         while len(self._too_large) > 16 * self.max_graphs:
             self._too_large.popitem(last=False)
         return why
+
+
+def graphs_for_engine(setting: GraphSetting, device: torch.device, *, parallel: bool) -> StepGraphs:
+    """The graphs of an engine on `device`, `parallel` where several processes draw together.
+
+    Raises: ValueError where graphs are required and cannot be.
+    """
+    graphs = StepGraphs(setting)
+    graphs.check_device(device)
+    if parallel:
+        graphs.forbid("with sequence_parallel a step waits for other processes, which is not recorded")
+    return graphs
 
 
 class GraphSteps:

@@ -15,6 +15,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -185,9 +186,10 @@ def check_scale(scale: float) -> None:
 
 
 class LoraMethods:
-    """What an engine offers: LoRAs of its DiT. Needs `self.model`. Changes hold from the next request on."""
+    """What an engine offers: LoRAs of its DiT. Needs `model` and `denoiser`. Changes hold from the next request on."""
 
-    model: object
+    model: Any
+    denoiser: Any
     _loras: Loras | None = None
 
     @property
@@ -195,6 +197,11 @@ class LoraMethods:
         if self._loras is None:
             self._loras = Loras(self.model.denoiser, self.model.device, self.model.dtype)
         return self._loras
+
+    def _changing(self) -> Loras:
+        """The LoRAs, to be changed: CUDA graphs were recorded with what the DiT was before."""
+        self.denoiser.graphs.clear()
+        return self.loras
 
     def load_lora(self, path_or_id: str | Path, *, name: str | None = None, scale: float = 1.0) -> str:
         """Put a LoRA beside the DiT's linears; several add up. Returns its name.
@@ -208,23 +215,23 @@ class LoraMethods:
             ValueError: the name is taken, or the file does not fit this DiT (keys and shapes are listed).
             FileNotFoundError: no such file or repository.
         """
-        return self.loras.load(path_or_id, name, scale)
+        return self._changing().load(path_or_id, name, scale)
 
     def set_lora_scale(self, name: str, scale: float) -> None:
         """Change the scale of a loaded LoRA, fused or not; 0 turns it off. Raises: ValueError for an unknown name."""
-        self.loras.set_scale(name, scale)
+        self._changing().set_scale(name, scale)
 
     def fuse_lora(self, *names: str) -> None:
         """Add these LoRAs (default: all) to the weights: no work at each step, one rounding to the weights' dtype.
 
         The base's rows are kept in host memory. Raises: ValueError for an unknown name, or where weights are quantized.
         """
-        self.loras.fuse(names)
+        self._changing().fuse(names)
 
     def unfuse_lora(self, *names: str) -> None:
         """Take these LoRAs (default: all) out of the weights, which get the base's bits back, and put them beside."""
-        self.loras.unfuse(names)
+        self._changing().unfuse(names)
 
     def unload_lora(self, *names: str) -> None:
         """Forget these LoRAs (default: all); the weights are those of the base again. Raises: ValueError."""
-        self.loras.unload(names)
+        self._changing().unload(names)

@@ -20,6 +20,9 @@ from uniworld.engine.request import Job
 from uniworld.models.blocks import AttentionPlan, Rope
 from uniworld.models.flux import FluxTransformer
 
+NO_CACHE = "step caching does not work with sequence_parallel, leave one out"
+DONE_ALONE = ("config", "x_embedder", "embed_txt", "modulation", "rope")
+
 
 class TokenExchange:
     """Who holds which tokens, and the collectives that move them (`models.blocks.HeadExchange`)."""
@@ -97,7 +100,10 @@ class ParallelFlux:
             )
 
     def __getattr__(self, name: str) -> Any:
-        """What a request prepares once (`embed_txt`, `modulation`, `rope`) every process does alone."""
+        """What a request prepares once every process does alone. Nothing else of the model is to be had: a part of a
+        pass would run on whole tensors here."""
+        if name not in DONE_ALONE:
+            raise AttributeError(f"{type(self).__name__} has no {name}")
         return getattr(self.model, name)
 
     def denoise(

@@ -67,6 +67,7 @@ def main(output):
     engine = Engine.from_pretrained("tiny", device=device, progress=False, sequence_parallel=group)
     for index, result in enumerate(engine.run(REQUESTS)):
         results[f"picture{index}"] = same_on_all(result.latents)
+        assert result.graphs.startswith("eager: with sequence_parallel a step waits for other processes")
 
     def stop_after_one(info):  # only the last process wants to
         return not (dist.get_rank() == dist.get_world_size() - 1 and info.step == 1)

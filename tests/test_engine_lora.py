@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from denoise_jobs import FakeRecorder
 from safetensors.torch import load_file, save_file
 from test_lora import dit_inputs
 from train_fakes import FLUX, small_config, small_model
@@ -12,6 +13,7 @@ from train_fakes import FLUX, small_config, small_model
 from uniworld.checkpoint.lora_files import find_file
 from uniworld.checkpoint.names import diffusers_names
 from uniworld.engine import Engine
+from uniworld.engine.graphs import StepGraphs
 from uniworld.engine.lora import AdaptedLinear, Loras
 from uniworld.train import lora
 
@@ -450,3 +452,29 @@ def test_through_the_engine(tmp_path):
     engine.unload_lora("style")
     assert torch.equal(draw(), base)
     assert load_file(tmp_path / "style.safetensors")  # was only read
+
+
+def test_recorded_graphs_see_every_change(tmp_path, monkeypatch):
+    """Each change is in the next picture, drawn with graphs; what was read of the prompt stays known."""
+    engine, eager = (Engine.from_pretrained("tiny", device="cpu", progress=False) for _ in range(2))
+    recorder = FakeRecorder()
+    engine.denoiser.graphs = StepGraphs(recorder=recorder)
+    dim = engine.model.denoiser.config.dim
+    save_file(pair_for(Q, dim, dim), tmp_path / "style.safetensors")
+    changes = [
+        lambda e: None,
+        lambda e: e.load_lora(tmp_path / "style.safetensors", scale=2.0),
+        lambda e: e.set_lora_scale("style", -1.0),
+        lambda e: e.fuse_lora(),
+        lambda e: e.unfuse_lora(),
+        lambda e: e.unload_lora(),
+    ]
+    for number, change in enumerate(changes, start=1):
+        results = []
+        for each in (engine, eager):
+            change(each)
+            results.append(each.generate("a cat", num_inference_steps=4, height=48, width=48, seed=1))
+        assert results[0].graphs == "graph, recorded for this shape" and recorder.num_recorded == number
+        assert torch.equal(results[0].latents, results[1].latents)
+        assert len(engine.denoiser.graphs) == 1
+        monkeypatch.setattr(engine.model.vlm, "encode", None)  # the conditioning is known from now on

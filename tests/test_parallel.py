@@ -10,12 +10,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from denoise_jobs import FakeRecorder, draw, make_denoiser, make_dit, make_job
 from parallel_worker import PASSES, REQUESTS, prepared, small_flux
 from PIL import Image, ImageChops
 from safetensors.torch import load_file, save_file
 
 from uniworld.checkpoint.tiny_configs import DENOISER
 from uniworld.engine import Engine, parallel
+from uniworld.engine.denoiser import Denoiser
+from uniworld.engine.graphs import StepGraphs, graphs_for_engine
 from uniworld.models.flux import FluxConfig
 
 HERE = Path(__file__).parent
@@ -59,6 +62,12 @@ class Threads:
     def all_gather_into_tensor(self, gathered, own, group):
         gathered.copy_(torch.cat(self.exchanged(own)))
 
+    ReduceOp = torch.distributed.ReduceOp
+
+    def all_reduce(self, tensor, op, group):
+        assert op == self.ReduceOp.MAX
+        tensor.copy_(torch.stack(self.exchanged(tensor.clone())).amax(0))
+
     def run(self, function):
         def of_rank(rank):
             self.own.rank = rank
@@ -94,6 +103,65 @@ def test_shares_are_equal_up_to_one_token():
         counts = [part.stop - part.start for part in found]
         assert len(found) == size and sum(counts) == length and max(counts) - min(counts) <= 1
         assert [i for part in found for i in range(length)[part]] == list(range(length))
+
+
+def drawn_by(group, model, jobs):
+    """The jobs of each process; `jobs` makes them for a rank."""
+
+    def of_rank():
+        shared = parallel.ParallelFlux(model, None)
+        graphs = graphs_for_engine("auto", torch.device("cpu"), parallel=True)
+        return draw(Denoiser(shared, graphs=graphs), *jobs(group.get_rank(None)))
+
+    return group.run(of_rank)
+
+
+@pytest.mark.parametrize("settings", [{}, {"true_cfg_scale": 3.0}], ids=["one pass", "true cfg"])
+def test_the_step_loop_draws_what_one_process_draws(monkeypatch, settings):
+    group, model = Threads(2), make_dit()
+    monkeypatch.setattr(parallel, "dist", group)
+
+    def jobs(_):
+        return [make_job(1, num_txt=5, **settings), make_job(2, num_txt=8, **settings)]
+
+    expected = draw(make_denoiser(setting=False, model=model), *jobs(0))
+    found = drawn_by(group, model, jobs)
+    for mine, others, alone in zip(*found, expected):
+        assert torch.equal(mine.latents, others.latents)
+        torch.testing.assert_close(mine.latents, alone.latents, rtol=1e-5, atol=1e-5)
+        assert mine.graphs == "eager: with sequence_parallel a step waits for other processes, which is not recorded"
+
+
+def test_cancelled_on_one_process_is_cancelled_on_all(monkeypatch):
+    """After the same step, and no other job of the batch."""
+    group, model, steps = Threads(2), make_dit(), []
+    monkeypatch.setattr(parallel, "dist", group)
+
+    def jobs(rank):
+        def on_step(info):
+            steps.append((rank, info.step))
+            return not (rank == 1 and info.step == 2)
+
+        return [make_job(1, on_step=on_step), make_job(2)]
+
+    for stopped, running in drawn_by(group, model, jobs):
+        assert stopped.cancelled and not running.cancelled
+    assert sorted(steps) == [(0, 1), (0, 2), (1, 1), (1, 2)]
+
+
+def test_what_does_not_work_with_several_processes_is_refused(monkeypatch):
+    monkeypatch.setattr(parallel, "dist", Threads(1))
+    parallel.dist.own.rank = 0
+    shared = parallel.ParallelFlux(make_dit(), None)
+    with pytest.raises(ValueError, match="^cache='taylor': step caching does not work with sequence_parallel"):
+        Denoiser(shared).check(make_job(1, cache="taylor").request, 64, 80)
+    with pytest.raises(AttributeError, match="ParallelFlux has no first_block"):
+        shared.first_block(None, None, None)
+    with pytest.raises(ValueError, match="^cuda_graphs=True: with sequence_parallel a step waits for other"):
+        Engine.from_pretrained("tiny", device="cuda", cuda_graphs=True, sequence_parallel=object())
+    graphs = StepGraphs(True, recorder=FakeRecorder())
+    with pytest.raises(ValueError, match="^cuda_graphs=True: steps wait"):
+        graphs.forbid("steps wait")
 
 
 def test_mistakes_are_told(monkeypatch):

@@ -6,6 +6,7 @@ from denoise_jobs import FakeRecorder, draw, make_denoiser, make_dit, make_job
 from torch import nn
 
 from uniworld.engine import Engine
+from uniworld.engine.compiled import compile_blocks
 from uniworld.engine.graphs import MIN_STEPS, StepGraphs
 
 GPU = torch.cuda.is_available()
@@ -247,3 +248,14 @@ def test_on_a_gpu(cfg, num_jobs):
             assert torch.equal(mine.latents, theirs.latents)
             assert mine.latents.isfinite().all()
     assert len(graphed.graphs) == 2 and graphed.graphs.num_bytes > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="needs a GPU")
+def test_compiled_blocks_on_a_gpu():
+    model = make_dit(torch.bfloat16, "cuda", attention_head_dim=64, axes_dims_rope=(8, 28, 28))
+    compile_blocks(model)
+    graphed, eager = make_denoiser(setting=True, model=model), make_denoiser(setting=False, model=model)
+    for seed, how in ((1, "graph, recorded for this shape"), (2, "graph")):
+        (expected,), (drawn,) = (draw(d, make_job(seed, model=model)) for d in (eager, graphed))
+        assert drawn.graphs == how and torch.equal(drawn.latents, expected.latents)
