@@ -23,7 +23,6 @@ from torch import Tensor, nn
 
 from uniworld.checkpoint.lora_files import Factor, read_lora
 from uniworld.checkpoint.weights import listed
-from uniworld.models.blocks import Linear
 from uniworld.models.flux import FluxTransformer
 
 
@@ -176,8 +175,8 @@ def stacked(factors: list[tuple[Factor, float]], num_out: int, dtype: torch.dtyp
 
 
 def is_plain(linear: nn.Module) -> bool:
-    """Whether products can be added to the weight: a linear in fp16, bf16, fp32 or fp64."""
-    return type(linear) in (nn.Linear, Linear) and linear.weight.is_floating_point() and linear.weight.itemsize > 1
+    """Whether products can be added to the weight: it is in fp16, bf16, fp32 or fp64."""
+    return linear.weight.is_floating_point() and linear.weight.itemsize > 1
 
 
 def check_scale(scale: float) -> None:

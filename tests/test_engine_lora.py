@@ -411,21 +411,41 @@ def test_dora_is_refused(tmp_path):
         loras(ours()).load(tmp_path, None, 1.0)
 
 
-def test_quantized_weights_are_not_fused(tmp_path):
-    class Quantized(torch.nn.Linear):
-        pass
+class Halved(torch.nn.Module):
+    """A linear whose weight is stored as bytes; every weight is half a whole number."""
 
-    denoiser = ours(torch.float32)
-    attn = denoiser.transformer_blocks[0].attn
-    quantized = Quantized(D, 3 * D)
-    quantized.load_state_dict(attn.to_qkv.state_dict())
-    attn.to_qkv = quantized
-    save_file(pair_for(Q, D, D), tmp_path / "a.safetensors")
-    known, plain = loras(denoiser), ours(torch.float32)
-    known.load(tmp_path / "a.safetensors", None, 1.0)
-    loras(plain).load(tmp_path / "a.safetensors", None, 1.0)
-    assert torch.equal(predict(denoiser), predict(plain))
-    with pytest.raises(ValueError, match="fuse_lora: quantized weights take no products, .*0.attn.to_qkv"):
+    def __init__(self, linear):
+        super().__init__()
+        self.out_features, self.in_features = linear.weight.shape
+        self.weight = torch.nn.Parameter((2 * linear.weight).to(torch.int8), requires_grad=False)
+        self.bias = linear.bias
+
+    def forward(self, x):
+        return torch.nn.functional.linear(x, self.weight.to(x.dtype) / 2, self.bias)
+
+
+def test_quantized_weights_are_left_alone(tmp_path):
+    """Factors stand beside them, also where a fused op would read the weight, and are not fused."""
+    plain, quantized = ours(torch.float32), ours(torch.float32)
+    for denoiser in (plain, quantized):
+        block = denoiser.single_transformer_blocks[0]
+        for owner, name in ((block.attn, "to_qkv"), (block, "proj_mlp"), (block, "proj_out")):
+            linear = getattr(owner, name)
+            linear.weight.copy_((linear.weight * 8).round() / 2)
+            if denoiser is quantized:
+                setattr(owner, name, Halved(linear))
+    single = "single_transformer_blocks.0"
+    tensors = pair_for(f"{single}.attn.to_q", D, D) | pair_for(f"{single}.proj_mlp", D, 4 * D)
+    save_file(tensors | pair_for(f"{single}.proj_out", 5 * D, D), tmp_path / "a.safetensors")
+    before, known = predict(quantized), loras(quantized)
+    torch.testing.assert_close(before, predict(plain), rtol=1e-4, atol=1e-4)
+    for manager in (known, loras(plain)):
+        manager.load(tmp_path / "a.safetensors", None, 1.0)
+    torch.testing.assert_close(predict(quantized), predict(plain), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(predict(quantized), before, atol=1e-2)
+    with pytest.raises(
+        ValueError, match="fuse_lora: quantized weights take no products, .*0.attn.to_qkv; .*proj_mlp; "
+    ):
         known.fuse([])
     assert not known.loaded["a"].fused
 

@@ -229,14 +229,14 @@ class SingleBlock(nn.Module):
         """Normalized joint sequence [B, S, D] -> the block's update [B, S, D]; the caller adds `gate * update`."""
         attn = self.attn(normed, plan)
         mlp = gelu_of(self.proj_mlp, normed)
-        if type(self.proj_out) is not nn.Linear:
+        if not isinstance(self.proj_out, nn.Linear):
             return self.proj_out(torch.cat([attn, mlp], dim=-1))
         return linear_of_pair(attn, mlp, self.proj_out.weight, self.proj_out.bias)
 
 
 def gelu_of(linear: nn.Module, x: Tensor) -> Tensor:
     """Tanh-GELU of a linear, in one op where it is a plain one; what stands in its place (LoRA) is called."""
-    if type(linear) is not nn.Linear:
+    if not isinstance(linear, nn.Linear):
         return F.gelu(linear(x), approximate="tanh")
     return gelu_linear(x, linear.weight, linear.bias)
 
