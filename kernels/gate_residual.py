@@ -35,7 +35,7 @@ def gate_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     Raises:
         ValueError: a shape, a dtype or a device does not fit x.
     """
-    _check(x, y, gate=gate)
+    check_gated(x, y, gate=gate)
     if backend_for(x, cpp="gate_residual") == "torch":
         return gate_residual_reference(x, y, gate)
     return _gate_op(x, y, gate)
@@ -60,7 +60,7 @@ def gate_residual_adaln(
     Raises:
         ValueError: a shape, a dtype or a device does not fit x.
     """
-    _check(x, y, gate=gate, scale=scale, shift=shift)
+    check_gated(x, y, gate=gate, scale=scale, shift=shift)
     if backend_for(x, cpp="gate_residual_adaln") == "torch":
         return gate_residual_adaln_reference(x, y, gate, scale, shift, eps)
     return _gate_adaln_op(x, y, gate, scale, shift, eps)[:2]
@@ -73,7 +73,7 @@ def gate_residual_adaln_reference(
     return residual, adaln_modulate_reference(residual, scale, shift, eps)
 
 
-def _check(x: Tensor, y: Tensor, **vectors: Tensor) -> None:
+def check_gated(x: Tensor, y: Tensor, **vectors: Tensor) -> None:
     check_modulation(x, **vectors)
     if y.shape != x.shape or y.dtype != x.dtype or y.device != x.device:
         allowed = f"{tuple(x.shape)} {x.dtype} on {x.device} as x"

@@ -74,7 +74,8 @@ class Op:
     `fn` and `reference` take the keyword arguments that `make_inputs(**case, dtype=, device=)` returns, and return a
     tensor or a tuple of tensors. `differentiable` names the inputs whose gradients are tested (empty: no backward).
     `bytes_moved(case)` is the least traffic in bytes at bf16 and `flops(case)` the arithmetic of the forward pass.
-    `cpp` names the function of the C++ core that serves CPU tensors, if there is one.
+    `cpp` names the function of the C++ core that serves CPU tensors, if there is one. `decode` turns results into the
+    tensors whose values are compared, where they are not yet: quantized rows.
     """
 
     name: str
@@ -88,6 +89,7 @@ class Op:
     differentiable: tuple[str, ...] = ()
     triton_builds: tuple[TritonBuild, ...] = ()
     cpp: str | None = None
+    decode: Callable[[Any], Any] = field(default=lambda results: results)
 
 
 OPS: dict[str, Op] = {}

@@ -53,7 +53,7 @@ def run(op, fn, inputs):
 
     An op that has gradients runs once more without them: it may compute in another way then, and in place.
     """
-    out = fn(**inputs)
+    out = op.decode(fn(**inputs))
     outputs = list(out) if isinstance(out, (tuple, list)) else [out]
     assert all(isinstance(o, Tensor) for o in outputs), f"{op.name} must return a tensor or a tuple of tensors"
     results = {f"output {i}": o.detach() for i, o in enumerate(outputs)}

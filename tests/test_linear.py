@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from uniworld.kernels import extension
 from uniworld.kernels.linear import _forward_op, fuses_bias, linear
 from uniworld.kernels.registry import use_backend
-from uniworld.models.blocks import Linear, linear_of_pair
+from uniworld.models.blocks import Linear
+from uniworld.models.quantized import linear_of_pair
 
 needs_onednn = pytest.mark.skipif(not extension.has("onednn"), reason="this torch has no oneDNN")
 

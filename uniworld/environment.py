@@ -130,6 +130,9 @@ def ops(device) -> dict[str, Report]:
     probe = torch.empty(1, dtype=torch.bfloat16, device=device)
     report = {}
     for name, op in sorted(registry.load_ops().items()):
+        if not op.triton_builds and op.cpp is None:
+            report[name] = {"backend": "torch", "why": "no kernel of ours: torch's own"}
+            continue
         try:
             backend = registry.backend_for(probe, cpp=op.cpp)
         except RuntimeError as error:  # a forced backend that cannot run here

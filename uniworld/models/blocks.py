@@ -9,15 +9,13 @@ Letters: B batch, L tokens of one stream, S tokens of the joint sequence (image 
 from typing import NamedTuple, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from uniworld.kernels import extension
-from uniworld.kernels.gate_residual import gate_residual_adaln
-from uniworld.kernels.gelu_linear import gelu_linear
 from uniworld.kernels.joint_attention import joint_attention
-from uniworld.kernels.linear import fuses_bias, linear
+from uniworld.kernels.linear import linear
 from uniworld.kernels.qk_norm_rope import qk_norm_rope
+from uniworld.kernels.quantize_rows import quantize_rows
+from uniworld.models.quantized import Normed, gate_adaln_for, gelu_of_linear, linear_of_both, takes_fp8
 
 
 class Rope(NamedTuple):
@@ -115,10 +113,11 @@ class JointAttention(nn.Module):
         self.to_out = nn.ModuleList([Linear(dim, dim)])
         self.to_add_out = Linear(dim, dim)
 
-    def forward(self, img: Tensor, txt: Tensor, plan: AttentionPlan) -> tuple[Tensor, Tensor]:
+    def forward(self, img: Normed, txt: Normed, plan: AttentionPlan) -> tuple[Tensor, Tensor]:
         """Normalized streams [B, L_img, D], [B, L_txt, D] -> their attention updates, same shapes."""
+        img_qkv = self.to_qkv(img)
         q, k, v = qk_norm_rope(
-            self.to_qkv(img),
+            img_qkv,
             self.norm_q.weight,
             self.norm_k.weight,
             plan.rope.cos,
@@ -129,7 +128,7 @@ class JointAttention(nn.Module):
             num_heads=self.num_heads,
         )
         joint = attend(q, k, v, plan).flatten(2)
-        num_img = img.shape[1]
+        num_img = img_qkv.shape[1]
         return self.to_out[0](joint[:, :num_img]), self.to_add_out(joint[:, num_img:])
 
 
@@ -142,7 +141,7 @@ class SingleAttention(nn.Module):
         self.norm_q, self.norm_k = RMSScale(dim // num_heads), RMSScale(dim // num_heads)
         self.to_qkv = Linear(dim, 3 * dim)
 
-    def forward(self, x: Tensor, plan: AttentionPlan) -> Tensor:
+    def forward(self, x: Normed, plan: AttentionPlan) -> Tensor:
         """Normalized joint sequence [B, S, D] -> attention output before its projection [B, S, D]."""
         q, k, v = qk_norm_rope(
             self.to_qkv(x),
@@ -160,8 +159,8 @@ class GELUProjection(nn.Module):
         super().__init__()
         self.proj = nn.Linear(dim, hidden)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return gelu_of(self.proj, x)
+    def forward(self, x: Normed) -> Tensor:
+        return gelu_of_linear(self.proj, x)
 
 
 class FeedForward(nn.Module):
@@ -171,8 +170,11 @@ class FeedForward(nn.Module):
         super().__init__()
         self.net = nn.ModuleList([GELUProjection(dim, 4 * dim), nn.Identity(), Linear(4 * dim, dim)])
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net[2](self.net[0](x))
+    def forward(self, x: Normed) -> Tensor:
+        first, second = self.net[0], self.net[2]
+        if takes_fp8(first.proj, second):
+            return second(quantize_rows(None, gelu_of=first.proj(x)))
+        return second(first(x))
 
 
 class DoubleBlock(nn.Module):
@@ -192,8 +194,8 @@ class DoubleBlock(nn.Module):
         self,
         img: Tensor,
         txt: Tensor,
-        img_normed: Tensor,
-        txt_normed: Tensor,
+        img_normed: Normed,
+        txt_normed: Normed,
         modulation: tuple[Modulation, Modulation, Modulation, Modulation],
         plan: AttentionPlan,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -208,8 +210,12 @@ class DoubleBlock(nn.Module):
         """
         img_attn_mod, img_mlp_mod, txt_attn_mod, txt_mlp_mod = modulation
         img_attn, txt_attn = self.attn(img_normed, txt_normed, plan)
-        img, img_normed = gate_residual_adaln(img, img_attn, img_attn_mod.gate, img_mlp_mod.scale, img_mlp_mod.shift)
-        txt, txt_normed = gate_residual_adaln(txt, txt_attn, txt_attn_mod.gate, txt_mlp_mod.scale, txt_mlp_mod.shift)
+        img, img_normed = gate_adaln_for(
+            (self.ff.net[0].proj,), img, img_attn, img_attn_mod.gate, img_mlp_mod.scale, img_mlp_mod.shift
+        )
+        txt, txt_normed = gate_adaln_for(
+            (self.ff_context.net[0].proj,), txt, txt_attn, txt_attn_mod.gate, txt_mlp_mod.scale, txt_mlp_mod.shift
+        )
         return img, txt, self.ff(img_normed), self.ff_context(txt_normed)
 
 
@@ -225,31 +231,11 @@ class SingleBlock(nn.Module):
         self.proj_mlp = nn.Linear(dim, 4 * dim)
         self.proj_out = nn.Linear(5 * dim, dim)
 
-    def forward(self, normed: Tensor, plan: AttentionPlan) -> Tensor:
+    @property
+    def readers(self) -> tuple[nn.Module, nn.Module]:
+        """The linears that read the normalized sequence."""
+        return self.attn.to_qkv, self.proj_mlp
+
+    def forward(self, normed: Normed, plan: AttentionPlan) -> Tensor:
         """Normalized joint sequence [B, S, D] -> the block's update [B, S, D]; the caller adds `gate * update`."""
-        attn = self.attn(normed, plan)
-        mlp = gelu_of(self.proj_mlp, normed)
-        if not isinstance(self.proj_out, nn.Linear):
-            return self.proj_out(torch.cat([attn, mlp], dim=-1))
-        return linear_of_pair(attn, mlp, self.proj_out.weight, self.proj_out.bias)
-
-
-def gelu_of(linear: nn.Module, x: Tensor) -> Tensor:
-    """Tanh-GELU of a linear, in one op where it is a plain one; what stands in its place (LoRA) is called."""
-    if not isinstance(linear, nn.Linear):
-        return F.gelu(linear(x), approximate="tanh")
-    return gelu_linear(x, linear.weight, linear.bias)
-
-
-def linear_of_pair(a: Tensor, b: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """`linear(cat([a, b], -1))` without the copy: the second product is added into the first.
-
-    On a CPU in bf16 without AMX the copy costs less than a second product does, and the result is rounded once.
-
-    a: [B, L, D_a]; b: [B, L, D_b]; weight: [N, D_a + D_b]; bias: [N] -> [B, L, N].
-    """
-    if fuses_bias(a, b, weight, bias) and "amx_bf16" not in extension.CPU_FEATURES:
-        return linear(torch.cat([a, b], dim=-1), weight, bias)
-    weight_a, weight_b = weight[:, : a.shape[-1]], weight[:, a.shape[-1] :]
-    first = F.linear(a, weight_a, bias)
-    return torch.addmm(first.flatten(0, 1), b.flatten(0, 1), weight_b.t()).view_as(first)
+        return linear_of_both(self.attn(normed, plan), self.proj_mlp, normed, self.proj_out)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from uniworld.kernels.adaln_modulate import adaln_modulate
 from uniworld.kernels.gate_residual import gate_residual, gate_residual_adaln
 from uniworld.models.blocks import AdaLinear, AttentionPlan, DoubleBlock, Modulation, Rope, SingleBlock
+from uniworld.models.quantized import Normed, adaln_for, gate_adaln_for
 
 ROPE_THETA = 10_000
 TIME_FACTOR = 1000.0  # the model is given sigma in [0, 1] and embeds 1000 * sigma
@@ -124,8 +125,8 @@ class Streams(NamedTuple):
 
     img: Tensor
     txt: Tensor
-    img_normed: Tensor | None
-    txt_normed: Tensor | None
+    img_normed: Normed | None
+    txt_normed: Normed | None
 
 
 class FluxTransformer(nn.Module):
@@ -232,8 +233,9 @@ class FluxTransformer(nn.Module):
     def first_block(self, img: Tensor, txt: Tensor, plan: PassPlan) -> Streams:
         """The first double block; img: from `x_embedder` [B, L_img, D]; txt: as in `denoise`."""
         img_attn, _, txt_attn, _ = plan.doubles[0]
-        img_normed = adaln_modulate(img, img_attn.scale, img_attn.shift)
-        txt_normed = adaln_modulate(txt, txt_attn.scale, txt_attn.shift)
+        attn = self.transformer_blocks[0].attn
+        img_normed = adaln_for((attn.to_qkv,), img, img_attn.scale, img_attn.shift)
+        txt_normed = adaln_for((attn.add_qkv_proj,), txt, txt_attn.scale, txt_attn.shift)
         return self._double_block(0, Streams(img, txt, img_normed, txt_normed), plan)
 
     def remaining_blocks(self, streams: Streams, plan: PassPlan) -> tuple[Tensor, Tensor]:
@@ -268,17 +270,21 @@ class FluxTransformer(nn.Module):
                 gate_residual(img, img_update, img_mlp.gate), gate_residual(txt, txt_update, txt_mlp.gate), None, None
             )
         img_next, _, txt_next, _ = plan.doubles[index + 1]
-        img, img_normed = gate_residual_adaln(img, img_update, img_mlp.gate, img_next.scale, img_next.shift)
-        txt, txt_normed = gate_residual_adaln(txt, txt_update, txt_mlp.gate, txt_next.scale, txt_next.shift)
+        attn = self.transformer_blocks[index + 1].attn
+        img, img_normed = gate_adaln_for((attn.to_qkv,), img, img_update, img_mlp.gate, img_next.scale, img_next.shift)
+        txt, txt_normed = gate_adaln_for(
+            (attn.add_qkv_proj,), txt, txt_update, txt_mlp.gate, txt_next.scale, txt_next.shift
+        )
         return Streams(img, txt, img_normed, txt_normed)
 
     def _single_blocks(self, x: Tensor, plan: PassPlan) -> tuple[Tensor, Tensor]:
         """Run the single blocks, and the output head on the image rows: see `remaining_blocks`."""
-        singles = plan.singles
-        normed = adaln_modulate(x, singles[0].scale, singles[0].shift)
-        for i, block in enumerate(self.single_transformer_blocks):
+        blocks, singles = self.single_transformer_blocks, plan.singles
+        normed = adaln_for(blocks[0].readers, x, singles[0].scale, singles[0].shift)
+        for i, block in enumerate(blocks):
             update, gate = block(normed, plan.attention), singles[i].gate
-            if i + 1 < len(self.single_transformer_blocks):
-                x, normed = gate_residual_adaln(x, update, gate, singles[i + 1].scale, singles[i + 1].shift)
+            if i + 1 < len(blocks):
+                following = singles[i + 1]
+                x, normed = gate_adaln_for(blocks[i + 1].readers, x, update, gate, following.scale, following.shift)
         x, normed = gate_residual_adaln(x[:, : plan.num_img], update[:, : plan.num_img], gate, *plan.output)
         return x, self.proj_out(normed)
