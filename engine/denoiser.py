@@ -5,6 +5,7 @@ from torch import Tensor
 
 from uniworld.engine.graphs import GraphSteps, StepGraphs
 from uniworld.engine.parallel import NO_CACHE, ParallelFlux
+from uniworld.engine.quantize import MeasuredSteps, StepErrors
 from uniworld.engine.request import Job, Request, StepInfo
 from uniworld.engine.step_cache import predictor
 from uniworld.engine.steps import DiT, EagerSteps, PreparedBatch, PreparedPass
@@ -15,16 +16,24 @@ from uniworld.models.conditioning import Conditioning
 class Denoiser:
     """Runs batches of jobs of equal shape through the DiT. Latents stay fp32 between steps."""
 
-    def __init__(self, model: DiT, shift: dict[str, float] | None = None, graphs: StepGraphs | None = None):
+    def __init__(
+        self,
+        model: DiT,
+        shift: dict[str, float] | None = None,
+        graphs: StepGraphs | None = None,
+        errors: StepErrors | None = None,
+    ):
+        """errors: where those of a quantized model are asked for; `graphs` must then be forbidden."""
         self.model = model
         self.shift = shift or {}
         self.graphs = StepGraphs() if graphs is None else graphs
+        self.errors = errors
 
     @torch.inference_mode()
     def run(self, batch: list[Job]) -> None:
-        """Fill `latents`, `graphs` and `step_cache` of every job; mark those cancelled whose `on_step` said so."""
+        """Fill the denoiser's fields of every job; mark those cancelled whose `on_step` said so."""
         prepared = self._prepare(batch)
-        steps = self._choose(prepared, batch[0].request)
+        steps = self._choose(prepared, batch)
         latents = self._loop(batch, prepared, steps)
         for i, (job, report) in enumerate(zip(batch, steps.reports())):
             job.latents, job.graphs, job.step_cache = latents[i : i + 1], steps.how, report
@@ -38,11 +47,16 @@ class Denoiser:
         if latents is not None and tuple(latents.shape) != shape:
             raise ValueError(f"latents: shape {tuple(latents.shape)}, must be {shape} (packed) for this size")
 
-    def _choose(self, prepared: PreparedBatch, request: Request) -> EagerSteps | GraphSteps:
+    def _choose(self, prepared: PreparedBatch, batch: list[Job]) -> EagerSteps | GraphSteps:
         """Whether steps are taken eagerly or as a graph is decided here and nowhere else."""
-        if why := self.graphs.why_eager(prepared, request.cache):
-            return EagerSteps(prepared, predictor(prepared, request), why)
-        return self.graphs.steps(prepared)
+        request = batch[0].request
+        why = self.graphs.why_eager(prepared, request.cache)
+        if not why:
+            return self.graphs.steps(prepared)
+        predict = predictor(prepared, request)
+        if self.errors is not None:
+            predict = MeasuredSteps(predict, self.errors, prepared, [job.step_errors for job in batch])
+        return EagerSteps(prepared, predict, why)
 
     def _loop(self, batch: list[Job], prepared: PreparedBatch, steps: EagerSteps | GraphSteps) -> Tensor:
         """All steps. The host never waits for the device in here, unless an `on_step` or a first-block cache does."""

@@ -11,7 +11,6 @@ import torch
 from PIL import Image
 from torch.distributed import ProcessGroup
 
-from uniworld.checkpoint.load import load_uniworld
 from uniworld.checkpoint.precision import default_device
 from uniworld.engine.chat import ChatReply, parse_messages
 from uniworld.engine.compiled import compile_blocks, warm_up
@@ -19,8 +18,11 @@ from uniworld.engine.conditioner import Conditioner
 from uniworld.engine.decoder import Decoder
 from uniworld.engine.denoiser import Denoiser
 from uniworld.engine.graphs import GraphSetting, graphs_for_engine
+from uniworld.engine.loading import load_for_engine
 from uniworld.engine.lora import LoraMethods
+from uniworld.engine.offload import place
 from uniworld.engine.parallel import ParallelFlux
+from uniworld.engine.quantize import StepErrors
 from uniworld.engine.request import DrawingSettings, Job, Request, Result, draw_seed
 from uniworld.engine.scheduler import Scheduler
 from uniworld.kernels.attention_backends import choose_backend
@@ -49,6 +51,8 @@ class Engine(LoraMethods):
         cuda_graphs: GraphSetting = "auto",
         compile: bool = False,
         sequence_parallel: ProcessGroup | None = None,
+        offload: str | None = None,
+        errors: StepErrors | None = None,
         progress: bool = False,
     ):
         """Make an engine of a loaded model.
@@ -58,8 +62,11 @@ class Engine(LoraMethods):
             cuda_graphs: "auto" replays steps as CUDA graphs where that can be done, and `Result.graphs` says where not;
                 True raises where there is no CUDA device or recording fails, False never records.
             compile, sequence_parallel: as for `from_pretrained`. progress: say on stderr how long compiling took.
+            offload: as for `from_pretrained`; the model is then the engine's alone.
+            errors: the measure of a quantized DiT's errors, which gives `Result.step_errors`.
         """
         self.model = model
+        self._rooms = place(model, offload)
         head_dim = model.denoiser.config.attention_head_dim
         self.attention = choose_backend(attention, device=model.device, dtype=model.dtype, head_dim=head_dim)
         model.denoiser.attention_backend = self.attention.name
@@ -67,8 +74,14 @@ class Engine(LoraMethods):
         self._unclaimed: dict[int, Result] = {}  # of submitted requests, finished in the batches of a `run`
         self.conditioner = Conditioner(model)
         self.parallel = None if sequence_parallel is None else ParallelFlux(model.denoiser, sequence_parallel)
-        graphs = graphs_for_engine(cuda_graphs, model.device, parallel=self.parallel is not None)
-        self.denoiser = Denoiser(self.parallel or model.denoiser, asdict(model.time_shift), graphs)
+        graphs = graphs_for_engine(
+            cuda_graphs,
+            model.device,
+            parallel=self.parallel is not None,
+            offload=offload,
+            report_error=errors is not None,
+        )
+        self.denoiser = Denoiser(self.parallel or model.denoiser, asdict(model.time_shift), graphs, errors)
         if compile:
             compile_blocks(model.denoiser)
             warm_up(self.denoiser.model, told=progress)
@@ -91,6 +104,10 @@ class Engine(LoraMethods):
         cuda_graphs: GraphSetting = "auto",
         compile: bool = False,
         sequence_parallel: ProcessGroup | None = None,
+        quantize: str | None = None,
+        quantize_exclude: Sequence[str] = (),
+        report_error: bool = False,
+        offload: str | None = None,
     ) -> "Engine":
         """Load a model and make an engine of it.
 
@@ -105,18 +122,29 @@ class Engine(LoraMethods):
             compile: run the DiT's blocks through `torch.compile`; takes a while before the first request.
             sequence_parallel: processes that draw every request together, each with a model on a GPU of its own and
                 each making the same calls with the same arguments; all get the same result.
+            quantize: "fp8" (e4m3, sm_89 and newer, or a CPU) or "nf4" (bitsandbytes) for the linears of the DiT's
+                blocks, apart from modulation.
+            quantize_exclude: globs over the names of weights that stay as they are, `transformer_blocks.0.*` for one.
+            report_error: keep the unquantized blocks too, and give `Result.step_errors`.
+            offload: "modulation", "rooms" or "cpu": what waits in host memory, see `uniworld.engine.offload`.
         """
         on = default_device() if device is None else torch.device(device)
-        graphs_for_engine(cuda_graphs, on, parallel=sequence_parallel is not None)  # raises before anything is loaded
-        loaded = load_uniworld(
+        graphs_for_engine(  # raises before anything is loaded
+            cuda_graphs, on, parallel=sequence_parallel is not None, offload=offload, report_error=report_error
+        )
+        loaded, errors = load_for_engine(
             model,
-            flux,
-            siglip,
+            flux=flux,
+            siglip=siglip,
             device=device,
             dtype=dtype,
             progress=progress,
             check_finite=check_finite,
             use_t5=use_t5,
+            quantize=quantize,
+            quantize_exclude=quantize_exclude,
+            report_error=report_error,
+            offload=offload,
         )
         return cls(
             loaded,
@@ -125,6 +153,8 @@ class Engine(LoraMethods):
             cuda_graphs=cuda_graphs,
             compile=compile,
             sequence_parallel=sequence_parallel,
+            offload=offload,
+            errors=errors,
             progress=progress,
         )
 
@@ -272,12 +302,15 @@ class Engine(LoraMethods):
             cancelled=job.cancelled,
             graphs=job.graphs,
             step_cache=job.step_cache,
+            step_errors=[float(error) for error in job.step_errors],
         )
 
     @contextmanager
     def _timed(self, batch: list[Job], room: str):
         """Wall time of a room, shared by its batch; waits for the device so that rooms do not pay for each other."""
         start = time.perf_counter()
+        if self._rooms is not None:
+            self._rooms.enter(room)
         yield
         if self.model.device.type == "cuda":
             torch.cuda.synchronize(self.model.device)

@@ -205,8 +205,10 @@ class StepGraphs:
         return why
 
 
-def graphs_for_engine(setting: GraphSetting, device: torch.device, *, parallel: bool) -> StepGraphs:
-    """The graphs of an engine on `device`, `parallel` where several processes draw together.
+def graphs_for_engine(
+    setting: GraphSetting, device: torch.device, *, parallel: bool, offload: str | None, report_error: bool
+) -> StepGraphs:
+    """The graphs of an engine on `device`; `parallel`: several processes draw together.
 
     Raises: ValueError where graphs are required and cannot be.
     """
@@ -214,6 +216,10 @@ def graphs_for_engine(setting: GraphSetting, device: torch.device, *, parallel: 
     graphs.check_device(device)
     if parallel:
         graphs.forbid("with sequence_parallel a step waits for other processes, which is not recorded")
+    elif offload == "cpu":
+        graphs.forbid("with offload='cpu' weights arrive during a step, which is not recorded")
+    elif report_error:
+        graphs.forbid("report_error compares every step with the unquantized DiT")
     return graphs
 
 

@@ -211,6 +211,7 @@ class Job:
     step_cache: StepCacheReport | None = None  # denoiser, with step caching only
     image: Image.Image | None = None  # decoder
     cancelled: bool = False
+    step_errors: list[Tensor] = field(default_factory=list)  # denoiser, where it measures them
     timings: dict[str, float] = field(default_factory=dict)  # seconds by room
 
     @property
@@ -225,8 +226,10 @@ class Job:
 class Result:
     """A finished request. `images` is empty where it was cancelled. `timings` are seconds by room.
 
-    `graphs` says whether steps were replayed as a CUDA graph: "graph", "graph, recorded for this shape" or "eager: "
-    and why. `step_cache` says what step caching left out, where it was asked for.
+    graphs: whether steps were replayed as a CUDA graph: "graph", "graph, recorded for this shape" or "eager: " and why.
+    step_cache: what step caching left out, where it was asked for.
+    step_errors: with `report_error`, ||v - v_exact|| / ||v_exact|| of each step: the velocity against that of the
+        unquantized DiT on the same latents. Else empty.
     """
 
     images: list[Image.Image]
@@ -239,6 +242,7 @@ class Result:
     cancelled: bool = False
     graphs: str = ""
     step_cache: StepCacheReport | None = None
+    step_errors: list[float] = field(default_factory=list)
 
 
 def draw_seed(seed: int | None) -> int:

@@ -165,6 +165,10 @@ def load_engine(load: LoadOptions, use_t5: bool | None, report: ReportOptions) -
         cuda_graphs="auto" if load.cuda_graphs is None else load.cuda_graphs,
         compile=load.compile,
         sequence_parallel=group,
+        quantize=load.quantize,
+        quantize_exclude=load.quantize_exclude or (),
+        report_error=load.report_error,
+        offload=load.offload,
     )
     for file, (path, scale) in zip(files, loras):
         engine.load_lora(file, name=path, scale=scale)
@@ -260,6 +264,9 @@ def print_drawn(console: Console, result: "Result") -> None:
     if result.step_cache is not None:
         steps += f" ({result.step_cache.num_computed} computed)"
     console.print(f"{result.width}x{result.height} px, {steps}, seed {result.seed}, {seconds:.1f} s")
+    if result.step_errors:
+        errors = " ".join(f"{error:.1e}" for error in result.step_errors)
+        console.print(f"error of each step against the unquantized DiT: {errors}")
 
 
 def print_timings(console: Console, timings: dict[str, float], num_inference_steps: int | None = None) -> None:

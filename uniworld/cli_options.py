@@ -73,6 +73,38 @@ class LoadOptions:
         str,
         typer.Option(metavar="NAME", help="Attention backend; `uniworld env` lists them.", rich_help_panel=MODEL_PANEL),
     ] = "auto"
+    quantize: Annotated[
+        str | None,
+        typer.Option(
+            metavar="fp8|nf4",
+            help="Fewer bits for the DiT's blocks: fp8 (sm_89 and newer) or nf4 (bitsandbytes).",
+            rich_help_panel=MODEL_PANEL,
+        ),
+    ] = None
+    quantize_exclude: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="GLOB",
+            help="Weights that stay as they are, 'transformer_blocks.0.*' for one; can be repeated.",
+            rich_help_panel=MODEL_PANEL,
+        ),
+    ] = None
+    report_error: Annotated[
+        bool,
+        typer.Option(
+            "--report-error",
+            help="With --quantize: also run the unquantized DiT, and show how far each step is off.",
+            rich_help_panel=MODEL_PANEL,
+        ),
+    ] = False
+    offload: Annotated[
+        str | None,
+        typer.Option(
+            metavar="modulation|rooms|cpu",
+            help="What waits in host memory until it is used; same pictures, less GPU memory.",
+            rich_help_panel=MODEL_PANEL,
+        ),
+    ] = None
     check_finite: Annotated[
         bool,
         typer.Option("--check-finite", help="Refuse weights that hold NaN or infinity.", rich_help_panel=MODEL_PANEL),

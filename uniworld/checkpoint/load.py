@@ -4,6 +4,7 @@ Everything is found and checked from configs and file headers first, so that a m
 is read. Then every tensor goes from the mapped file straight to its device and dtype.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from uniworld.checkpoint import locate
 from uniworld.checkpoint.build import (
     build_tower,
     build_univa,
+    checkpoint_module,
     denoiser_config,
     encoder_plan,
     read_config,
@@ -110,6 +112,7 @@ def load_uniworld(
     check_finite: bool = False,
     use_t5: bool | None = None,
     connectors: str | Path | None = None,
+    in_host: Collection[str] = (),
 ) -> UniWorld:
     """Load every part; parameters are frozen and modules in eval mode.
 
@@ -128,6 +131,7 @@ def load_uniworld(
         use_t5: None loads T5 where the FLUX folder holds it, True requires it, False leaves it out (9.5 GB).
         connectors: folder with `denoise_projector.bin` or `siglip_projector.bin` of a training stage, whose weights
             replace the checkpoint's.
+        in_host: parts, as `UniWorld` names them, whose weights are left in host memory for who moves them himself.
 
     Raises:
         FileNotFoundError: a folder, file or shard is missing.
@@ -145,7 +149,7 @@ def load_uniworld(
     processor = _processor(folders.model)
     _fill_token_ids(config, processor)
 
-    parts, plans = _plan_all(folders, config, device, dtype)
+    parts, plans = _plan_all(folders, config, device, dtype, in_host)
     time_shift, task_head = _time_shift(folders.flux), _task_head(folders.model, device, dtype, check_finite)
     for plan in plans:
         plan.check()
@@ -217,13 +221,18 @@ def _fill_token_ids(config: dict[str, Any], processor: PromptProcessor) -> None:
 
 
 def _plan_all(
-    folders: Folders, config: dict[str, Any], device: torch.device, dtype: torch.dtype
+    folders: Folders, config: dict[str, Any], device: torch.device, dtype: torch.dtype, in_host: Collection[str]
 ) -> tuple[dict[str, nn.Module], list[Plan]]:
     """Every module of a `UniWorld` by the name of its field, still without weights, and the plans that fill them."""
+
+    def home(part: str) -> torch.device:
+        return torch.device("cpu") if part in in_host else device
+
     univa, parts = _plan_univa(folders.model, config, device, dtype)
-    semantic, semantic_plan = _plan_siglip(folders.siglip, device, dtype)
-    text_encoders, text_plans = _plan_text_encoders(folders, device, dtype)
-    vae, vae_plan = _plan_vae(folders.flux, device, vae_dtype(device, dtype))
+    univa.homes = {checkpoint_module(part, module): home(part) for part, module in parts.items()}
+    semantic, semantic_plan = _plan_siglip(folders.siglip, home("semantic_encoder"), dtype)
+    text_encoders, text_plans = _plan_text_encoders(folders, home("text_encoders"), dtype)
+    vae, vae_plan = _plan_vae(folders.flux, home("vae"), vae_dtype(device, dtype))
     encoders = {"semantic_encoder": semantic, "text_encoders": text_encoders, "vae": vae}
     return parts | encoders, [univa, semantic_plan, *text_plans, vae_plan]
 
@@ -243,9 +252,7 @@ def _plan_siglip(folder: Path, device: torch.device, dtype: torch.dtype) -> tupl
     return encoder, encoder_plan(folder, encoder.model, device, dtype, ignored=UNUSED_SIGLIP_KEYS)
 
 
-def _plan_text_encoders(
-    folders: Folders, device: torch.device, dtype: torch.dtype
-) -> tuple[TextEncoders, list[Plan]]:
+def _plan_text_encoders(folders: Folders, device: torch.device, dtype: torch.dtype) -> tuple[TextEncoders, list[Plan]]:
     clip, t5 = folders.flux / "text_encoder", folders.flux / "text_encoder_2"
     clip_tokenizer = _tokenizer("CLIPTokenizer", folders.flux / "tokenizer")
     t5_parts = (read_config(t5), _tokenizer("T5Tokenizer", folders.flux / "tokenizer_2")) if folders.t5 else ()

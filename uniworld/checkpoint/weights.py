@@ -6,8 +6,8 @@ weight is read; then each tensor goes straight from the mapped file to its devic
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -57,6 +57,8 @@ class Plan:
     targets: dict[str, Target]
     device: torch.device
     dtype: torch.dtype
+    homes: Mapping[nn.Module, torch.device] = field(default_factory=dict)
+    """Modules that stay somewhere else than on `device`."""
 
     def __post_init__(self):
         self.title = str(self.title)
@@ -64,6 +66,9 @@ class Plan:
     @property
     def num_bytes(self) -> int:
         return sum(h.num_bytes for h in self.headers.values())
+
+    def device_of(self, module: nn.Module) -> torch.device:
+        return self.homes.get(module, self.device)
 
     def check(self) -> None:
         """Raise one ValueError that lists missing and unexpected keys, wrong shapes and wrong dtypes."""
@@ -166,7 +171,7 @@ def fill(plans: list[Plan], *, check_finite: bool = False, advance: Callable[[in
                     _fill_one(plan, name, file, check_finite)
                     advance(plan.headers[name].num_bytes)
         for module in {id(t.module): t.module for t in plan.targets.values()}.values():
-            move_buffers(module, plan.device)
+            move_buffers(module, plan.device_of(module))
 
 
 def _fill_one(plan: Plan, name: str, file, check_finite: bool) -> None:
@@ -177,12 +182,13 @@ def _fill_one(plan: Plan, name: str, file, check_finite: bool) -> None:
         raise ValueError(f"{header.path}: {header.key} cannot be read ({error})") from None
     if check_finite and not torch.isfinite(tensor).all():
         raise ValueError(f"{header.path}: {header.key} holds NaN or infinite values")
+    device = plan.device_of(target.module)
     if target.rows == 1:
-        assign(target, moved(tensor, plan.device, plan.dtype))
+        assign(target, moved(tensor, device, plan.dtype))
         return
     parameter = target.module.get_parameter(target.names[0])
     if parameter.is_meta:
-        assign(target, torch.empty(parameter.shape, dtype=plan.dtype, device=plan.device))
+        assign(target, torch.empty(parameter.shape, dtype=plan.dtype, device=device))
         parameter = target.module.get_parameter(target.names[0])
     rows = target.shape[0]
     parameter.data[target.row * rows : (target.row + 1) * rows].copy_(tensor)
