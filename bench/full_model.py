@@ -124,7 +124,10 @@ def denoiser_config(size: Size) -> FluxConfig:
 
 
 def random_uniworld(size: Size, device: str, dtype: torch.dtype, *, use_t5: bool = True) -> UniWorld:
-    """Every part with random weights on `device`; the tokenizers are those of `tiny`, which know few merges."""
+    """Every part with random weights on `device`; the tokenizers are those of `tiny`, which know few merges.
+
+    On "meta" there are shapes alone.
+    """
 
     def changed(config: dict[str, Any], part: str) -> dict[str, Any]:
         return config | dict(size.get(part, {}))
@@ -146,7 +149,8 @@ def random_uniworld(size: Size, device: str, dtype: torch.dtype, *, use_t5: bool
         vae = ImageAutoencoder.from_config(changed(tiny_configs.VAE, "vae"))
     for index, module in enumerate((*parts.values(), semantic, text, vae)):
         materialise(module, device, dtype)
-        fill_random(module, seed=index)
+        if device != "meta":
+            fill_random(module, seed=index)
     processor = PromptProcessor(tokenizers["qwen"], VisionProcessor(tiny_configs.PREPROCESSOR))
     return UniWorld(
         name="random weights",

@@ -20,6 +20,7 @@ from timing import Call, Samples, capture, interleave
 from uniworld.engine import Engine
 from uniworld.engine.cache import ConditioningCache
 from uniworld.engine.compiled import compile_blocks
+from uniworld.engine.quantize import FP8_CAPABILITY, quantized_copy
 from uniworld.models import flow
 from uniworld.models.flux import FluxTransformer
 
@@ -65,8 +66,8 @@ class Case:
 
 
 CASES = [Case(task, size) for size in ((512, 1024) if FULL else (128,)) for task in ("text to image", "edit")]
-GRAPH, CACHED = "ours, CUDA graph", "ours, taylor cache"
-STEP_SIDES = ("ours", "ours compiled", GRAPH, "diffusers eager", "diffusers compiled")
+GRAPH, FP8, CACHED = "ours, CUDA graph", "ours, fp8", "ours, taylor cache"
+STEP_SIDES = ("ours", "ours compiled", GRAPH, FP8, "diffusers eager", "diffusers compiled")
 REQUEST_SIDES = ("ours", CACHED, "diffusers eager", "diffusers compiled")
 
 
@@ -113,10 +114,15 @@ def steps() -> dict:
     ours = random_flux(denoiser_config(SIZE), DTYPE, DEVICE)
     models = peer_models(ours)
     compiled = compiled_flux(ours)
+    fp8 = quantized_copy(ours, "fp8") if has_e4m3() else None
     results = {}
     for case in CASES:
         inputs = step_inputs(case, ours, DTYPE)
         calls = {"ours": prepared_step(ours, inputs), "ours compiled": prepared_step(compiled, inputs)}
+        if fp8 is None:
+            results[case, FP8] = NotImplementedError("e4m3 needs sm_89 or newer")
+        else:
+            calls[FP8] = prepared_step(fp8, inputs)
         calls |= {side: functools.partial(peer_step, model, inputs) for side, model in models.items()}
         if CUDA:
             calls[GRAPH] = replayed(calls["ours"])
@@ -133,9 +139,13 @@ def steps() -> dict:
             prediction, peak = done[side]
             error = relative_error(prediction, truths[case]) if case in truths else None
             results[case, side] = (samples[side], peak, error)
-    del ours, compiled, models
+    del ours, compiled, models, fp8
     free()
     return results
+
+
+def has_e4m3() -> bool:
+    return not CUDA or torch.cuda.get_device_capability() >= FP8_CAPABILITY
 
 
 def peer_models(ours: FluxTransformer) -> dict:

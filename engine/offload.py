@@ -203,7 +203,7 @@ def place(model: UniWorld, level: str | None) -> Rooms | None:
     """Put every weight where it belongs at this level; gives what moves those of rooms, where they move."""
     denoiser, turns = model.denoiser, turns_of(model.denoiser, level)
     for weight in resident_weights(denoiser, turns):
-        if weight.value.device != model.device:
+        if weight.value.device.type != model.device.type:
             weight.put(weight.value.to(model.device))
     for each in turns:
         Stream(each, model.device)

@@ -70,8 +70,8 @@ def _adaln_kernel(
     rstd = 1.0 / tl.sqrt(tl.sum(centered * centered, axis=0) / D + EPS)
     modulated = centered * rstd * (1.0 + scale) + shift  # zero past D
     row_max = tl.maximum(tl.max(tl.abs(modulated), axis=0), 1e-12)
-    tl.store(row_scale_ptr + row, row_max / 448.0)
-    tl.store(values_ptr + row * D + cols, to_e4m3(modulated * (448.0 / row_max), EMULATE), mask=mask)
+    tl.store(row_scale_ptr + row, tl.div_rn(row_max, 448.0))
+    tl.store(values_ptr + row * D + cols, to_e4m3(modulated * tl.div_rn(448.0, row_max), EMULATE), mask=mask)
 
 
 def _launch(x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, residual: Tensor, eps: float,

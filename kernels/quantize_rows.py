@@ -100,8 +100,8 @@ def _quantize_kernel(
         at = gelu_ptr + sample * gelu_batch + token * gelu_row + gelu_cols
         y = gelu_tanh(tl.load(at, mask=gelu_cols < G, other=0.0).to(tl.float32))
         row_max = tl.maximum(row_max, tl.max(tl.abs(y), axis=0))
-    tl.store(scale_ptr + row, row_max / 448.0)
-    inverse = 448.0 / row_max
+    tl.store(scale_ptr + row, tl.div_rn(row_max, 448.0))  # exact divisions: the reference's bits
+    inverse = tl.div_rn(448.0, row_max)
     out = values_ptr + row * (D + G)
     if D > 0:
         tl.store(out + cols, to_e4m3(x * inverse, EMULATE), mask=cols < D)

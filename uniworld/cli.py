@@ -246,7 +246,7 @@ def _complain(error: Exception) -> int:
         print(f"error: {_one_line(str(error))}", file=sys.stderr)
         return EXIT_USER_ERROR
     if type(error).__name__ == "OutOfMemoryError":
-        hint = "try a smaller --size, --vae-tiling or --no-t5"
+        hint = "try a smaller --size, --vae-tiling, --no-t5, --offload cpu or --quantize fp8"
         if "uniworld.train.trainer" in sys.modules:
             hint = "try sharding.checkpoint_blocks=[double,single], data.precomputed or sharding.zero_stage=3"
         print(f"error: out of GPU memory ({_one_line(str(error))[:120]}); {hint}", file=sys.stderr)
