@@ -15,7 +15,7 @@ from full_model import FULL_SIZE, random_uniworld
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from uniworld.engine.offload import LEVELS, num_bytes, weight_bytes, weights_of
+from uniworld.engine.offload import GROUPS, LEVELS, modules_of, num_bytes, weight_bytes, weights_of
 from uniworld.engine.quantize import KINDS, quantized_copy
 from uniworld.kernels.registry import use_backend
 from uniworld.models import flow
@@ -50,7 +50,7 @@ def parts_table(model: UniWorld) -> str:
         "Qwen2.5-VL-7B": num_bytes(weights_of([model.vlm])),
         "T5-XXL (left out by `use_t5=False`)": num_bytes(weights_of([texts.t5])),
         "CLIP-L, SigLIP2, connectors": num_bytes(
-            weights_of([texts.clip, model.semantic_encoder, model.denoise_projector, model.siglip_projector])
+            weights_of([texts.clip, model.semantic_encoder, *modules_of(model, GROUPS["connectors"])])
         ),
         "VAE": num_bytes(weights_of([model.vae])),
     }
@@ -59,7 +59,7 @@ def parts_table(model: UniWorld) -> str:
 
 
 def tiers(model: UniWorld) -> Iterator[tuple[str, str, dict[str, int]]]:
-    """(quantize, offload, bytes by room) of every tier."""
+    """(quantize, offload, bytes by what is on the device) of every tier."""
     exact = model.denoiser
     for kind in (None, *KINDS):
         model.denoiser = exact if kind is None else quantized_copy(exact, kind)
@@ -69,11 +69,12 @@ def tiers(model: UniWorld) -> Iterator[tuple[str, str, dict[str, int]]]:
 
 
 def tiers_table(model: UniWorld) -> str:
-    header = ("quantize", "offload", "reading", "drawing", "decoding", "largest", "waiting in host memory")
+    header = ("quantize", "offload", "VLM runs", "T5 and CLIP run", "DiT runs", "VAE runs", "largest", "in host memory")
     rows = []
     for kind, level, sizes in tiers(model):
-        rooms = [sizes[room] for room in ("condition", "denoise", "decode")]
-        rows.append((kind, level, *map(gib, (*rooms, max(rooms), sizes["host"]))))
+        shown = [sizes[group] for group in ("vlm", "text_encoders", "denoise", "decode")]
+        largest = max(sizes[group] for group in GROUPS)
+        rows.append((kind, level, *map(gib, (*shown, largest, sizes["host"]))))
     return table(header, rows)
 
 
@@ -89,13 +90,13 @@ def fake_copies(module: nn.Module) -> None:
     for owner in module.modules():
         for name, p in owner._parameters.items():
             if p is not None:
-                owner._parameters[name] = nn.Parameter(torch.empty(p.shape, dtype=p.dtype), requires_grad=False)
+                owner._parameters[name] = nn.Parameter(torch.empty(p.shape, dtype=DTYPE), requires_grad=False)
 
 
 def trace_step(model: UniWorld, size_px: int) -> int:
     config = model.denoiser.config
     with torch.device("meta"):
-        denoiser = FluxTransformer(config).to(DTYPE).requires_grad_(False)
+        denoiser = FluxTransformer(config)
     with FakeTensorMode(), torch.no_grad(), use_backend("triton"):
         fake_copies(denoiser)
         num_img = (size_px // flow.TOKEN_PX) ** 2
@@ -112,7 +113,7 @@ def trace_decoding(model: UniWorld, size_px: int) -> int:
     from diffusers import AutoencoderKL
 
     with torch.device("meta"):
-        vae = AutoencoderKL.from_config(dict(model.vae.model.config)).to(DTYPE).requires_grad_(False).eval()
+        vae = AutoencoderKL.from_config(dict(model.vae.model.config)).eval()
     with FakeTensorMode(), torch.no_grad():
         fake_copies(vae)
         latents = torch.empty(1, vae.config.latent_channels, size_px // 8, size_px // 8, dtype=DTYPE)

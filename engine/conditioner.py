@@ -9,6 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from uniworld.engine.cache import ConditioningCache
+from uniworld.engine.offload import Parts
 from uniworld.engine.request import Job, Request
 from uniworld.models.conditioning import Conditioning, assemble, layout_text
 from uniworld.models.prompts import VLMInputs, chat_text, instruction
@@ -25,9 +26,11 @@ class Reading:
 
 
 class Conditioner:
-    def __init__(self, model: UniWorld, cache: ConditioningCache | None = None):
+    def __init__(self, model: UniWorld, cache: ConditioningCache | None = None, parts: Parts | None = None):
+        """`parts` brings encoders to the device where they are offloaded."""
         self.model = model
         self.cache = ConditioningCache() if cache is None else cache
+        self._parts = parts
 
     def tokenize(self, request: Request) -> VLMInputs:
         """The VLM's inputs of a request. Raises ValueError where the prompt is too long or asks for absent parts."""
@@ -49,6 +52,7 @@ class Conditioner:
     def read(self, inputs: VLMInputs, keep_cache: bool = False) -> Reading:
         """Run the VLM. `keep_cache` keeps keys and values, so that `answer` can go on from here, as queries do."""
         keep_cache = keep_cache or self.model.queries is not None
+        self._bring("vlm")
         return Reading(inputs, self.model.vlm.encode(inputs, use_cache=keep_cache))
 
     @torch.inference_mode()
@@ -68,6 +72,7 @@ class Conditioner:
 
     def answer(self, reading: Reading, *, on_text: Callable[[str], None] | None = None, **sampling) -> str:
         """Write the text answer; `on_text` gets each piece as soon as its characters are complete."""
+        self._bring("vlm")
         processor = self.model.processor
         tokens, shown = [], ""
         stop_ids = (processor.tokens.turn_end, processor.tokens.pad)
@@ -102,6 +107,8 @@ class Conditioner:
             states: the VLM's states, where its pass has been made already; with learned queries, with its cache.
         """
         model = self.model
+        if states is None or model.queries is not None:
+            self._bring("vlm")
         states = model.vlm.encode(inputs, use_cache=model.queries is not None) if states is None else states
         vlm_states, mask, image_ends = states.hidden_states, inputs.attention_mask, inputs.image_end_positions
         if model.queries is not None:
@@ -113,6 +120,7 @@ class Conditioner:
             num_siglip_tokens=0 if siglip_states is None else siglip_states.shape[1],
             num_t5_tokens=0 if t5_states is None else t5_states.shape[1],
         )
+        self._bring("connectors")
         return assemble(
             layout,
             vlm_states=vlm_states,
@@ -122,6 +130,10 @@ class Conditioner:
             t5_states=t5_states,
             pooled=pooled,
         )
+
+    def _bring(self, group: str) -> None:
+        if self._parts is not None:
+            self._parts.bring(group)
 
     def _cached(self, request: Request, inputs: VLMInputs, reading: Reading | None) -> Conditioning:
         key = conditioning_key(request)
@@ -137,9 +149,11 @@ class Conditioner:
         siglip_states = None
         encoder = model.reference_encoder
         if images and encoder is not None:
+            self._bring("decode" if model.references == "vae" else "semantic_encoder")
             siglip_states = encoder(encoder.preprocess(images)).to(dtype)
         use_t5 = model.text_encoders.has_t5 if request.use_t5 is None else request.use_t5
         words = instruction(request.prompt)
+        self._bring("text_encoders")
         t5_states = model.text_encoders.t5_states([words]).to(dtype) if use_t5 else None
         pooled_prompt = request.pooled_prompt
         if pooled_prompt is None:

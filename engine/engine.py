@@ -66,13 +66,13 @@ class Engine(LoraMethods):
             errors: the measure of a quantized DiT's errors, which gives `Result.step_errors`.
         """
         self.model = model
-        self._rooms = place(model, offload)
+        self._parts = place(model, offload)
         head_dim = model.denoiser.config.attention_head_dim
         self.attention = choose_backend(attention, device=model.device, dtype=model.dtype, head_dim=head_dim)
         model.denoiser.attention_backend = self.attention.name
         self.scheduler = Scheduler(max_batch_size)
         self._unclaimed: dict[int, Result] = {}  # of submitted requests, finished in the batches of a `run`
-        self.conditioner = Conditioner(model)
+        self.conditioner = Conditioner(model, parts=self._parts)
         self.parallel = None if sequence_parallel is None else ParallelFlux(model.denoiser, sequence_parallel)
         graphs = graphs_for_engine(
             cuda_graphs,
@@ -126,7 +126,7 @@ class Engine(LoraMethods):
                 blocks, apart from modulation.
             quantize_exclude: globs over the names of weights that stay as they are, `transformer_blocks.0.*` for one.
             report_error: keep the unquantized blocks too, and give `Result.step_errors`.
-            offload: "modulation", "rooms" or "cpu": what waits in host memory, see `uniworld.engine.offload`.
+            offload: "modulation", "parts" or "cpu": what waits in host memory, see `uniworld.engine.offload`.
         """
         on = default_device() if device is None else torch.device(device)
         graphs_for_engine(  # raises before anything is loaded
@@ -309,8 +309,8 @@ class Engine(LoraMethods):
     def _timed(self, batch: list[Job], room: str):
         """Wall time of a room, shared by its batch; waits for the device so that rooms do not pay for each other."""
         start = time.perf_counter()
-        if self._rooms is not None:
-            self._rooms.enter(room)
+        if self._parts is not None and room in ("denoise", "decode"):  # the conditioner brings its own
+            self._parts.bring(room)
         yield
         if self.model.device.type == "cuda":
             torch.cuda.synchronize(self.model.device)

@@ -3,7 +3,7 @@
 Three levels, each with what the one before it does:
 
     modulation   the linears that make the modulation table come one by one, while the table of a request is built
-    rooms        VLM, encoders and connectors come while requests are read, the VAE while pictures are decoded
+    parts        VLM, each encoder, connectors and VAE come while they run, never two of them
     cpu          the DiT's blocks come one by one in every step
 """
 
@@ -19,10 +19,17 @@ from uniworld.checkpoint.weights import move_buffers
 from uniworld.models.flux import FluxTransformer
 from uniworld.models.unified import UniWorld
 
-LEVELS = ("modulation", "rooms", "cpu")
-READING = ("vlm", "semantic_encoder", "text_encoders", "denoise_projector", "siglip_projector", "vae_projector")
-DECODING = ("vae",)
-ROOMS = {"condition": READING, "answer": READING, "decode": DECODING}
+LEVELS = ("modulation", "parts", "cpu")
+# What is on the device together, besides the DiT; parts as `UniWorld` names them.
+GROUPS = {
+    "vlm": ("vlm",),
+    "semantic_encoder": ("semantic_encoder",),
+    "text_encoders": ("text_encoders",),
+    "connectors": ("denoise_projector", "siglip_projector", "vae_projector"),
+    "denoise": (),
+    "decode": ("vae",),
+}
+MOVING = tuple(part for parts in GROUPS.values() for part in parts)
 NUM_SLOTS = 2  # one holds the module that runs, the next one arrives in the other
 ALIGNMENT = 256  # bytes: as the device's allocator places a tensor of its own
 
@@ -42,7 +49,7 @@ def host_parts(level: str | None) -> tuple[str, ...]:
     """The parts, as `UniWorld` names them, that are loaded into host memory at this level."""
     if level is None:
         return ()
-    return ("denoiser", *READING, *DECODING) if reaches(level, "rooms") else ("denoiser",)
+    return ("denoiser", *MOVING) if reaches(level, "parts") else ("denoiser",)
 
 
 @dataclass
@@ -171,27 +178,28 @@ def view_as(data: Tensor, start: int, like: Tensor) -> Tensor:
     return data[start : start + like.nbytes].view(like.dtype).view(like.shape)
 
 
-class Rooms:
-    """Brings the weights of a room's parts to the device when it is entered, and takes those of other rooms away.
+class Parts:
+    """Brings the weights of a group of parts to the device, and takes those of the group before it away.
 
-    The values stay in host memory all the time: leaving is forgetting the copies on the device.
+    The values stay in host memory all the time: taking away is forgetting the copies on the device.
     """
 
     def __init__(self, model: UniWorld):
         self.device = model.device
-        self._weights = {parts: weights_of(modules_of(model, parts)) for parts in (READING, DECODING)}
-        self._inside: tuple[str, ...] = ()
+        self._weights = {group: weights_of(modules_of(model, parts)) for group, parts in GROUPS.items()}
+        self._here = "denoise"
+        for part in modules_of(model, MOVING):
+            move_buffers(part, model.device)
 
-    def enter(self, room: str) -> None:
-        """`room` as in `Result.timings`; one without parts, such as "denoise", empties the device."""
-        parts = ROOMS.get(room, ())
-        if parts == self._inside:
+    def bring(self, group: str) -> None:
+        """`group`: a key of `GROUPS`; "denoise" leaves the device to the DiT."""
+        if group == self._here:
             return
-        for weight in self._weights.get(self._inside, ()):
+        for weight in self._weights[self._here]:
             weight.put(weight.value)
-        for weight in self._weights.get(parts, ()):
+        for weight in self._weights[group]:
             weight.put(weight.value.to(self.device))
-        self._inside = parts
+        self._here = group
 
 
 def modules_of(model: UniWorld, parts: Sequence[str]) -> list[nn.Module]:
@@ -199,19 +207,15 @@ def modules_of(model: UniWorld, parts: Sequence[str]) -> list[nn.Module]:
     return [module for part in parts if (module := getattr(model, part)) is not None]
 
 
-def place(model: UniWorld, level: str | None) -> Rooms | None:
-    """Put every weight where it belongs at this level; gives what moves those of rooms, where they move."""
-    denoiser, turns = model.denoiser, turns_of(model.denoiser, level)
-    for weight in resident_weights(denoiser, turns):
+def place(model: UniWorld, level: str | None) -> Parts | None:
+    """Put every weight where it belongs at this level; gives what moves whole parts, where they move."""
+    turns = turns_of(model.denoiser, level)
+    for weight in resident_weights(model.denoiser, turns):
         if weight.value.device.type != model.device.type:
             weight.put(weight.value.to(model.device))
     for each in turns:
         Stream(each, model.device)
-    if not reaches(level, "rooms"):
-        return None
-    for part in modules_of(model, (*READING, *DECODING)):
-        move_buffers(part, model.device)
-    return Rooms(model)
+    return Parts(model) if reaches(level, "parts") else None
 
 
 def resident_weights(denoiser: FluxTransformer, turns: Sequence[Turns]) -> list[Weight]:
@@ -231,7 +235,7 @@ def slot_bytes(turns: Turns) -> int:
 
 
 def weight_bytes(model: UniWorld, level: str | None) -> dict[str, int]:
-    """Bytes of weights on the device in each room at this level of offloading, and of those that wait in host memory.
+    """Bytes of weights on the device while each of `GROUPS` is there, and under "host" of those that wait.
 
     Counted from shapes: the model may be on meta, and may have been placed already or not. Activations, the caches of
     libraries and of the allocator, and the DiT's copy for `report_error` come on top.
@@ -240,12 +244,12 @@ def weight_bytes(model: UniWorld, level: str | None) -> dict[str, int]:
     always = sum(slot_bytes(each) * len(slots_of(each)) for each in turns)
     always += num_bytes(resident_weights(model.denoiser, turns))
     always += num_bytes(weights_of([model.task_head] if model.task_head else []))
-    reading, decoding = (num_bytes(weights_of(modules_of(model, parts))) for parts in (READING, DECODING))
-    host = sum(offsets(each.weights(i))[-1] for each in turns for i in range(len(each.modules)))
-    if reaches(level, "rooms"):
-        rooms = {"condition": always + reading, "denoise": always, "decode": always + decoding}
-        return rooms | {"host": host + reading + decoding}
-    return dict.fromkeys(("condition", "denoise", "decode"), always + reading + decoding) | {"host": host}
+    groups = {group: num_bytes(weights_of(modules_of(model, parts))) for group, parts in GROUPS.items()}
+    waiting = sum(offsets(each.weights(i))[-1] for each in turns for i in range(len(each.modules)))
+    moving = sum(groups.values())
+    if reaches(level, "parts"):
+        return {group: always + size for group, size in groups.items()} | {"host": waiting + moving}
+    return dict.fromkeys(GROUPS, always + moving) | {"host": waiting}
 
 
 def num_bytes(weights: Sequence[Weight]) -> int:

@@ -241,7 +241,7 @@ BAD_TO_LOAD = {
     "lora scale": (["--lora", "a.safetensors:big"], "--lora a.safetensors:big: big is no scale, must be a number"),
     "no launcher": (["--sequence-parallel"], "sequence_parallel: start one process a GPU, for example with torchrun"),
     "quantize": (["--quantize", "int8"], "quantize='int8': must be one of fp8, nf4"),
-    "offload": (["--offload", "disk"], "offload='disk': must be one of modulation, rooms, cpu"),
+    "offload": (["--offload", "disk"], "offload='disk': must be one of modulation, parts, cpu"),
 }
 
 
@@ -298,7 +298,7 @@ def test_options_reach_the_engine(run, fake):
         *("--no-cuda-graphs", "--cache", "taylor", "--cache-interval", 4, "--cache-order", 2),
         *("--lora", "cat.safetensors:0.5", "--lora", "dog"),
         *("--quantize", "fp8", "--quantize-exclude", "a*", "--quantize-exclude", "b", "--report-error"),
-        *("--offload", "rooms"),
+        *("--offload", "parts"),
     )
     assert (code, out) == (0, "hat.png\n"), err
     assert "3 steps (1 computed)" in err
@@ -338,7 +338,7 @@ def test_options_reach_the_engine(run, fake):
         "quantize": "fp8",
         "quantize_exclude": ["a*", "b"],
         "report_error": True,
-        "offload": "rooms",
+        "offload": "parts",
     }
 
 

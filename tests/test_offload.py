@@ -1,15 +1,18 @@
 """Weights that wait in host memory: the same bits, and on the device no more than is stated."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
 from uniworld.checkpoint.load import load_uniworld
 from uniworld.engine import Engine
-from uniworld.engine.offload import LEVELS, ROOMS, Stream, Turns, place, weight_bytes, weights_of
+from uniworld.engine.offload import GROUPS, LEVELS, Stream, Turns, place, weight_bytes, weights_of
 from uniworld.engine.quantize import quantized_copy
 from uniworld.models.flux import FluxConfig, FluxTransformer
 
+CAT = Path(__file__).resolve().parent.parent / "examples" / "cat.jpg"
 CPU, META = torch.device("cpu"), torch.device("meta")
 FAST = {"num_inference_steps": 2, "height": 64, "width": 64, "seed": 3}
 GPU = torch.cuda.is_available()
@@ -30,7 +33,7 @@ def test_the_bits_are_those_without(level, drawn):
     assert set(result.timings) == set(drawn.timings)
 
 
-def test_chat_goes_from_room_to_room():
+def test_chat_moves_parts_back_and_forth():
     plain = Engine.from_pretrained("tiny", device="cpu", progress=False)
     engine = Engine.from_pretrained("tiny", device="cpu", progress=False, offload="cpu")
     question = [{"role": "user", "content": "what is this?"}]
@@ -90,9 +93,9 @@ def all_parameters(model):
 
 
 @pytest.mark.parametrize("quantize", [None, "fp8"])
-@pytest.mark.parametrize("level", ["rooms", "cpu"])
+@pytest.mark.parametrize("level", ["parts", "cpu"])
 def test_no_more_is_on_the_device_than_stated(level, quantize):
-    """The device is meta here: what has memory there is counted by its storages in each room."""
+    """The device is meta here: what has memory there is counted by its storages."""
     model = load_uniworld("tiny", device="cpu", progress=False)
     total = storages(all_parameters(model), CPU)
     assert weight_bytes(model, None)["denoise"] == total
@@ -101,13 +104,12 @@ def test_no_more_is_on_the_device_than_stated(level, quantize):
     stated = weight_bytes(model, level)
     model.task_head.to(META)
     model.device = META
-    rooms = place(model, level)
+    parts = place(model, level)
     assert weight_bytes(model, level) == stated  # also once it is placed
-    for room in ("condition", "denoise", "decode", "answer", "denoise"):
-        rooms.enter(room)
-        found = storages(all_parameters(model), META)
-        assert found == stated["condition" if room == "answer" else room], room
-    assert stated["denoise"] < stated["condition"] < total
+    for group in (*GROUPS, "vlm", "decode", "denoise"):
+        parts.bring(group)
+        assert storages(all_parameters(model), META) == stated[group], group
+    assert stated["denoise"] < stated["vlm"] < total
 
 
 def test_each_level_needs_less():
@@ -115,7 +117,7 @@ def test_each_level_needs_less():
     peaks = []
     for level in (None, *LEVELS):
         stated = weight_bytes(model, level)
-        peaks.append(max(stated[room] for room in ("condition", "denoise", "decode")))
+        peaks.append(max(stated[group] for group in GROUPS))
     assert peaks == sorted(peaks, reverse=True) and len(set(peaks)) == 4
     assert weight_bytes(model, None)["host"] == 0
 
@@ -140,9 +142,13 @@ def test_tied_weights_move_as_one():
     assert first.weight is second.weight and first.weight.sum() == 16
 
 
-def test_rooms_name_every_part_once():
-    parts = [part for room in ("condition", "decode") for part in ROOMS[room]]
-    assert len(parts) == len(set(parts))
+def test_an_edit_brings_one_part_after_the_other(monkeypatch):
+    """No two of them are on the device: each bring takes the one before away."""
+    engine = Engine.from_pretrained("tiny", device="cpu", progress=False, offload="parts")
+    brought, bring = [], engine._parts.bring
+    monkeypatch.setattr(engine._parts, "bring", lambda group: (brought.append(group), bring(group)))
+    engine.edit(CAT, "make it snow", **FAST)
+    assert brought == ["vlm", "semantic_encoder", "text_encoders", "connectors", "denoise", "decode"]
 
 
 def flux(dim_heads: int) -> FluxTransformer:

@@ -178,7 +178,7 @@ def test_fp8_batches_equal_single_requests():
         ({"report_error": True}, "^report_error=True: only has an effect with quantize"),
         ({"quantize": "fp8", "quantize_exclude": ["blocks.*"]}, "^quantize_exclude='blocks.*matches no weight"),
         ({"quantize": "fp8", "dtype": "float64"}, "^dtype=float64: must be bfloat16 or float32 with quantize"),
-        ({"offload": "disk"}, "^offload='disk': must be one of modulation, rooms, cpu"),
+        ({"offload": "disk"}, "^offload='disk': must be one of modulation, parts, cpu"),
     ],
 )
 def test_mistakes_are_named(settings, message):

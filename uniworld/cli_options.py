@@ -100,7 +100,7 @@ class LoadOptions:
     offload: Annotated[
         str | None,
         typer.Option(
-            metavar="modulation|rooms|cpu",
+            metavar="modulation|parts|cpu",
             help="What waits in host memory until it is used; same pictures, less GPU memory.",
             rich_help_panel=MODEL_PANEL,
         ),
