@@ -4,14 +4,12 @@
     python bench/memory_tiers.py --check  exit 1 where they do not agree
 """
 
-import argparse
-import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from full_model import FULL_SIZE, random_uniworld
+from tables import MARKS, table, update
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -24,16 +22,10 @@ from uniworld.models.unified import UniWorld
 from uniworld.train.memory import LiveBytes
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "memory.md"
-MARKS = re.compile(r"(<!-- table: (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 DTYPE = torch.bfloat16
 GIB = 2**30
 SIZES_PX = (512, 1024)
 NUM_TXT = 1600  # words, one reference picture of 1,024 semantic tokens and T5
-
-
-def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    rule = ("---", *["---:"] * (len(header) - 1))
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in (header, rule, *rows))
 
 
 def gib(num: int) -> str:
@@ -131,17 +123,5 @@ def render(page: str) -> str:
     return MARKS.sub(lambda match: f"{match[1]}\n{TABLES[match[2]](model)}\n{match[3]}", page)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="change nothing, exit 1 where page and shapes disagree")
-    args = parser.parse_args()
-    before = PAGE.read_text(encoding="utf-8")
-    after = render(before)
-    if args.check and before != after:
-        sys.exit(f"{PAGE}: does not agree with the shapes; run python bench/memory_tiers.py")
-    if before != after:
-        PAGE.write_text(after, encoding="utf-8")
-
-
 if __name__ == "__main__":
-    main()
+    update(PAGE, render, "memory_tiers.py")

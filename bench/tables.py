@@ -225,13 +225,13 @@ def render(page: str, rows: list[Row]) -> str:
 
 def update(path: Path, rendered: Callable[[str], str], script: str) -> None:
     """What a script that writes a page does: put `rendered` of it in its place, or with --check only compare."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--check", action="store_true", help="change nothing, exit 1 where page and results disagree")
+    parser = argparse.ArgumentParser(description=f"Writes the tables of {path.name}.")
+    parser.add_argument("--check", action="store_true", help="change nothing, exit 1 where the page is out of date")
     args = parser.parse_args()
     before = path.read_text(encoding="utf-8")
     after = rendered(before)
     if args.check and before != after:
-        sys.exit(f"{path}: does not agree with bench/results; run python bench/{script}")
+        sys.exit(f"{path}: is out of date; run python bench/{script}")
     if before != after:
         path.write_text(after, encoding="utf-8")
 

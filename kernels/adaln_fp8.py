@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from uniworld.kernels.adaln_modulate import adaln_modulate_reference, check_modulation
+from uniworld.kernels.adaln_modulate import adaln_modulate_reference, check_modulation, normalize_row
 from uniworld.kernels.gate_residual import check_gated, gate_residual_adaln_reference
 from uniworld.kernels.quantize_rows import E4M3, QuantizedRows, dequantized, fp8_build, quantize_rows_reference, to_e4m3
 from uniworld.kernels.registry import INTERPRET, OPS, Op, backend_for, channels_last, register, triton_build
@@ -65,10 +65,8 @@ def _adaln_kernel(
         y = tl.load(y_ptr + row * D + cols, mask=mask, other=0.0).to(tl.float32)
         x += tl.load(gate_ptr + sample * gate_stride + cols, mask=mask, other=0.0).to(tl.float32) * y
         tl.store(residual_ptr + row * D + cols, x, mask=mask)
-    mean = tl.sum(x, axis=0) / D
-    centered = tl.where(mask, x - mean, 0.0)
-    rstd = 1.0 / tl.sqrt(tl.sum(centered * centered, axis=0) / D + EPS)
-    modulated = centered * rstd * (1.0 + scale) + shift  # zero past D
+    normed, _, _ = normalize_row(x, mask, D, EPS)
+    modulated = normed * (1.0 + scale) + shift  # zero past D
     row_max = tl.maximum(tl.max(tl.abs(modulated), axis=0), 1e-12)
     tl.store(row_scale_ptr + row, tl.div_rn(row_max, 448.0))
     tl.store(values_ptr + row * D + cols, to_e4m3(modulated * tl.div_rn(448.0, row_max), EMULATE), mask=mask)

@@ -52,6 +52,15 @@ def check_modulation(x: Tensor, **vectors: Tensor) -> None:
 
 
 @triton.jit
+def normalize_row(x, mask, D: tl.constexpr, EPS: tl.constexpr):
+    """Layer norm of one row in fp32, zero outside `mask`: (normalized, mean, 1 / standard deviation)."""
+    mean = tl.sum(x, axis=0) / D
+    centered = tl.where(mask, x - mean, 0.0)
+    rstd = 1.0 / tl.sqrt(tl.sum(centered * centered, axis=0) / D + EPS)
+    return centered * rstd, mean, rstd
+
+
+@triton.jit
 def _forward_kernel(
     x_ptr, scale_ptr, shift_ptr, y_ptr, mean_ptr, rstd_ptr, scale_stride, shift_stride, L,
     D: tl.constexpr, EPS: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -63,10 +72,8 @@ def _forward_kernel(
     x = tl.load(x_ptr + row * D + cols, mask=mask, other=0.0).to(tl.float32)
     scale = tl.load(scale_ptr + sample * scale_stride + cols, mask=mask, other=0.0).to(tl.float32)
     shift = tl.load(shift_ptr + sample * shift_stride + cols, mask=mask, other=0.0).to(tl.float32)
-    mean = tl.sum(x, axis=0) / D
-    centered = tl.where(mask, x - mean, 0.0)
-    rstd = 1.0 / tl.sqrt(tl.sum(centered * centered, axis=0) / D + EPS)
-    tl.store(y_ptr + row * D + cols, centered * rstd * (1.0 + scale) + shift, mask=mask)
+    normed, mean, rstd = normalize_row(x, mask, D, EPS)
+    tl.store(y_ptr + row * D + cols, normed * (1.0 + scale) + shift, mask=mask)
     tl.store(mean_ptr + row, mean)
     tl.store(rstd_ptr + row, rstd)
 

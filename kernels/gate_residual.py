@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from uniworld.kernels.adaln_modulate import adaln_modulate_reference, check_modulation
+from uniworld.kernels.adaln_modulate import adaln_modulate_reference, check_modulation, normalize_row
 from uniworld.kernels.extension import core
 from uniworld.kernels.registry import (
     DTYPE_CODES,
@@ -126,10 +126,8 @@ def _gate_adaln_kernel(
     shift = tl.load(shift_ptr + sample * shift_stride + cols, mask=mask, other=0.0).to(tl.float32)
     residual = x + gate * y
     tl.store(residual_ptr + row * D + cols, residual, mask=mask)
-    mean = tl.sum(residual, axis=0) / D
-    centered = tl.where(mask, residual - mean, 0.0)
-    rstd = 1.0 / tl.sqrt(tl.sum(centered * centered, axis=0) / D + EPS)
-    tl.store(modulated_ptr + row * D + cols, centered * rstd * (1.0 + scale) + shift, mask=mask)
+    normed, mean, rstd = normalize_row(residual, mask, D, EPS)
+    tl.store(modulated_ptr + row * D + cols, normed * (1.0 + scale) + shift, mask=mask)
     tl.store(mean_ptr + row, mean)
     tl.store(rstd_ptr + row, rstd)
 
