@@ -188,6 +188,10 @@ class Parts:
         self.device = model.device
         self._weights = {group: weights_of(modules_of(model, parts)) for group, parts in GROUPS.items()}
         self._here = "denoise"
+        for weight in (weight for weights in self._weights.values() for weight in weights):
+            if weight.value.is_cuda:  # of a model that was loaded to the device
+                weight.value = weight.value.cpu()
+                weight.put(weight.value)
         for part in modules_of(model, MOVING):
             move_buffers(part, model.device)
 
