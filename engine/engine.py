@@ -20,7 +20,7 @@ from uniworld.engine.denoiser import Denoiser
 from uniworld.engine.graphs import GraphSetting, graphs_for_engine
 from uniworld.engine.loading import load_for_engine
 from uniworld.engine.lora import LoraMethods
-from uniworld.engine.offload import place
+from uniworld.engine.offload import place, streamed_modules, turns_of
 from uniworld.engine.parallel import ParallelFlux
 from uniworld.engine.quantize import StepErrors
 from uniworld.engine.request import DrawingSettings, Job, Request, Result, draw_seed
@@ -67,9 +67,11 @@ class Engine(LoraMethods):
         """
         self.model = model
         self._parts = place(model, offload)
+        self._streamed = streamed_modules(turns_of(model.denoiser, offload))
         head_dim = model.denoiser.config.attention_head_dim
         self.attention = choose_backend(attention, device=model.device, dtype=model.dtype, head_dim=head_dim)
-        model.denoiser.attention_backend = self.attention.name
+        for denoiser in (model.denoiser, *([] if errors is None else [errors.exact])):
+            denoiser.attention_backend = self.attention.name
         self.scheduler = Scheduler(max_batch_size)
         self._unclaimed: dict[int, Result] = {}  # of submitted requests, finished in the batches of a `run`
         self.conditioner = Conditioner(model, parts=self._parts)

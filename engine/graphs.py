@@ -206,7 +206,12 @@ class StepGraphs:
 
 
 def graphs_for_engine(
-    setting: GraphSetting, device: torch.device, *, parallel: bool, offload: str | None, report_error: bool
+    setting: GraphSetting,
+    device: torch.device,
+    *,
+    parallel: bool = False,
+    offload: str | None = None,
+    report_error: bool = False,
 ) -> StepGraphs:
     """The graphs of an engine on `device`; `parallel`: several processes draw together.
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from uniworld.checkpoint.lora_files import Factor, read_lora
 from uniworld.checkpoint.weights import listed
 from uniworld.models.flux import FluxTransformer
+
+NO_ERRORS = "with report_error steps are held against a DiT without LoRA, leave one out"
 
 
 class AdaptedLinear(nn.Module):
@@ -66,9 +68,19 @@ class Lora:
 class Loras:
     """All LoRAs of one DiT. Whatever changes, the linears concerned are made anew from the base and all factors."""
 
-    def __init__(self, denoiser: FluxTransformer, device: torch.device, dtype: torch.dtype):
-        """device, dtype: of the activations; factors that stand beside a linear are put there."""
-        self.denoiser, self.device, self.dtype = denoiser, device, dtype
+    def __init__(
+        self,
+        denoiser: FluxTransformer,
+        device: torch.device,
+        dtype: torch.dtype,
+        streamed: Collection[nn.Module] = (),
+    ):
+        """
+        Args:
+            device, dtype: of the activations; factors that stand beside a linear are put there.
+            streamed: modules whose weights come from host memory in each pass; what is added to them would be lost.
+        """
+        self.denoiser, self.device, self.dtype, self.streamed = denoiser, device, dtype, streamed
         self.loaded: dict[str, Lora] = {}
         self._linears: dict[str, nn.Module] = {}
         self._base_rows: dict[str, tuple[slice, Tensor]] = {}  # of weights that hold products now
@@ -98,6 +110,8 @@ class Loras:
         linears = set().union(*(lora.linears for lora in chosen))
         if quantized := sorted(path for path in linears if not is_plain(self._linears[path])):
             raise ValueError(f"fuse_lora: quantized weights take no products, leave it unfused: {listed(quantized)}")
+        if streamed := sorted(path for path in linears if self._linears[path] in self.streamed):
+            raise ValueError(f"fuse_lora: offloaded weights take no products, leave it unfused: {listed(streamed)}")
         for lora in chosen:
             lora.fused = True
         self._renew(linears)
@@ -189,12 +203,13 @@ class LoraMethods:
 
     model: Any
     denoiser: Any
+    _streamed: Collection[nn.Module] = ()
     _loras: Loras | None = None
 
     @property
     def loras(self) -> Loras:
         if self._loras is None:
-            self._loras = Loras(self.model.denoiser, self.model.device, self.model.dtype)
+            self._loras = Loras(self.model.denoiser, self.model.device, self.model.dtype, self._streamed)
         return self._loras
 
     def _changing(self) -> Loras:
@@ -211,9 +226,12 @@ class LoraMethods:
             scale: what its products are multiplied by, beside the alpha / rank of the file.
 
         Raises:
-            ValueError: the name is taken, or the file does not fit this DiT (keys and shapes are listed).
+            ValueError: the name is taken, the file does not fit this DiT (keys and shapes are listed), or errors are
+                reported.
             FileNotFoundError: no such file or repository.
         """
+        if self.denoiser.errors is not None:
+            raise ValueError(f"load_lora: {NO_ERRORS}")
         return self._changing().load(path_or_id, name, scale)
 
     def set_lora_scale(self, name: str, scale: float) -> None:
@@ -223,7 +241,8 @@ class LoraMethods:
     def fuse_lora(self, *names: str) -> None:
         """Add these LoRAs (default: all) to the weights: no work at each step, one rounding to the weights' dtype.
 
-        The base's rows are kept in host memory. Raises: ValueError for an unknown name, or where weights are quantized.
+        The base's rows are kept in host memory. Raises: ValueError for an unknown name, or where weights are quantized
+        or offloaded.
         """
         self._changing().fuse(names)
 

@@ -22,7 +22,7 @@ from uniworld.models.unified import UniWorld
 LEVELS = ("modulation", "parts", "cpu")
 # What is on the device together, besides the DiT; parts as `UniWorld` names them.
 GROUPS = {
-    "vlm": ("vlm",),
+    "vlm": ("vlm", "queries"),
     "semantic_encoder": ("semantic_encoder",),
     "text_encoders": ("text_encoders",),
     "connectors": ("denoise_projector", "siglip_projector", "vae_projector"),
@@ -212,7 +212,11 @@ def modules_of(model: UniWorld, parts: Sequence[str]) -> list[nn.Module]:
 
 
 def place(model: UniWorld, level: str | None) -> Parts | None:
-    """Put every weight where it belongs at this level; gives what moves whole parts, where they move."""
+    """Put every weight where it belongs at this level; gives what moves whole parts, where they move.
+
+    Raises: ValueError for an unknown level.
+    """
+    check_offload(level)
     turns = turns_of(model.denoiser, level)
     for weight in resident_weights(model.denoiser, turns):
         if weight.value.device.type != model.device.type:
@@ -224,9 +228,13 @@ def place(model: UniWorld, level: str | None) -> Parts | None:
 
 def resident_weights(denoiser: FluxTransformer, turns: Sequence[Turns]) -> list[Weight]:
     """The weights of the DiT that are not streamed."""
+    return weights_of([denoiser], without=streamed_modules(turns))
+
+
+def streamed_modules(turns: Sequence[Turns]) -> set[nn.Module]:
+    """The modules that hold the weights that take turns: linears, and the scales of norms."""
     weights = [weight for each in turns for i in range(len(each.modules)) for weight in each.weights(i)]
-    streamed = {owner for weight in weights for owner, _ in weight.places}
-    return weights_of([denoiser], without=streamed)
+    return {owner for weight in weights for owner, _ in weight.places}
 
 
 def slots_of(turns: Turns) -> range:

@@ -238,6 +238,10 @@ BAD_TO_LOAD = {
     "device number": (["--device", "cuda:99"], "--device cuda:99: torch"),
     "attention": (["--attention", "brief"], "attention='brief'"),
     "lora": (["--lora", "none.safetensors"], "lora=none.safetensors: no such file"),
+    "lora and errors": (
+        ["--lora", "cat", "--quantize", "fp8", "--report-error"],
+        "--lora cat: with report_error steps are held against a DiT without LoRA",
+    ),
     "lora scale": (["--lora", "a.safetensors:big"], "--lora a.safetensors:big: big is no scale, must be a number"),
     "no launcher": (["--sequence-parallel"], "sequence_parallel: start one process a GPU, for example with torchrun"),
     "quantize": (["--quantize", "int8"], "quantize='int8': must be one of fp8, nf4"),
@@ -295,7 +299,7 @@ def test_options_reach_the_engine(run, fake):
             "--check-finite",
             "--compile",
         ),
-        *("--no-cuda-graphs", "--cache", "taylor", "--cache-interval", 4, "--cache-order", 2),
+        *("--cuda-graphs", "off", "--cache", "taylor", "--cache-interval", 4, "--cache-order", 2),
         *("--lora", "cat.safetensors:0.5", "--lora", "dog"),
         *("--quantize", "fp8", "--quantize-exclude", "a*", "--quantize-exclude", "b", "--report-error"),
         *("--offload", "parts"),
@@ -331,7 +335,7 @@ def test_options_reach_the_engine(run, fake):
         "dtype": "float32",
         "attention": "math",
         "check_finite": True,
-        "cuda_graphs": False,
+        "cuda_graphs": "off",
         "lora": ["cat.safetensors:0.5", "dog"],
         "compile": True,
         "sequence_parallel": False,
@@ -628,7 +632,10 @@ def test_env_tells_what_a_forced_backend_cannot_do(monkeypatch):
     with registry.use_backend("torch"):
         report = environment.gather()
     assert {op["backend"] for op in report["ops"].values()} == {"torch"}
-    assert {op["why"] for op in report["ops"].values()} == {"UNIWORLD_KERNELS asks for it"}
+    asked, without_kernel = "UNIWORLD_KERNELS asks for it", "no kernel of ours: torch's own"
+    assert {name: op["why"] for name, op in report["ops"].items()} == dict.fromkeys(report["ops"], asked) | {
+        "fp8_linear": without_kernel
+    }
 
 
 def test_parse_lora():

@@ -5,11 +5,14 @@ import torch
 from parallel_worker import PASSES, prepared, small_flux
 from safetensors.torch import save_file
 from test_parallel import Threads
+from test_quantize import needs_bitsandbytes
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from uniworld.engine import Engine, parallel
 from uniworld.engine.compiled import compile_blocks, warm_up
 from uniworld.engine.lora import Loras
+from uniworld.engine.offload import Stream, turns_of
+from uniworld.engine.quantize import quantized_copy
 
 
 def num_graphs(counter):
@@ -46,6 +49,23 @@ def test_one_graph_a_kind_serves_all_sizes(counted):
     assert {"uniworld.qk_norm_rope.default", "uniworld.gate_residual_adaln.default"} <= ops
     for name in SIZES:
         assert_equal_to_eager(compiled, eager, name)
+    assert num_graphs(counted) == 2
+
+
+@pytest.mark.parametrize("name", ["fp8", pytest.param("nf4", marks=needs_bitsandbytes), "offloaded"])
+@torch.inference_mode()
+def test_quantized_and_offloaded_blocks_are_compiled_once(counted, name):
+    compiled, eager = small_flux(), small_flux()
+    if name != "offloaded":
+        compiled, eager = (quantized_copy(model, name) for model in (compiled, eager))
+    else:
+        for turns in turns_of(compiled, "cpu"):
+            Stream(turns, torch.device("cpu"))
+    compile_blocks(compiled)
+    warm_up(compiled, told=False)
+    assert num_graphs(counted) == 2
+    for size in SIZES:
+        assert_equal_to_eager(compiled, eager, size)
     assert num_graphs(counted) == 2
 
 

@@ -8,6 +8,7 @@ import torch
 from denoise_jobs import FakeRecorder
 from safetensors.torch import load_file, save_file
 from test_lora import dit_inputs
+from test_quantize import round_theirs
 from train_fakes import FLUX, small_config, small_model
 
 from uniworld.checkpoint.lora_files import find_file
@@ -15,6 +16,7 @@ from uniworld.checkpoint.names import diffusers_names
 from uniworld.engine import Engine
 from uniworld.engine.graphs import StepGraphs
 from uniworld.engine.lora import AdaptedLinear, Loras
+from uniworld.engine.quantize import quantized_copy
 from uniworld.train import lora
 
 peft = pytest.importorskip("peft")
@@ -448,6 +450,25 @@ def test_quantized_weights_are_left_alone(tmp_path):
     ):
         known.fuse([])
     assert not known.loaded["a"].fused
+
+
+def test_beside_fp8_equals_peft_on_rounded_linears(tmp_path):
+    """On every linear: factors see what comes in unrounded, and a norm or GELU before them writes no e4m3."""
+    model = with_random_factors(theirs(torch.float32))
+    model.save_lora_adapter(tmp_path)
+    exact = predict_theirs(model)
+    round_theirs(model, lambda name: ".lora_" in name)
+    rounded = predict_theirs(model)
+    denoiser = quantized_copy(ours(torch.float32), "fp8")
+    without, known = predict(denoiser), loras(denoiser)
+    known.load(tmp_path, "it", 1.0)
+    result, cost = predict(denoiser), (rounded - exact).norm()
+    assert 0.005 * exact.norm() < cost < 0.1 * exact.norm()
+    assert (result - rounded).norm() < 0.25 * cost  # sums in another order are rounded elsewhere
+    with pytest.raises(ValueError, match="^fuse_lora: quantized weights take no products, .*to_qkv"):
+        known.fuse([])
+    known.unload([])
+    assert torch.equal(predict(denoiser), without)
 
 
 def test_through_the_engine(tmp_path):

@@ -143,11 +143,14 @@ def load_engine(load: LoadOptions, use_t5: bool | None, report: ReportOptions) -
 
     from uniworld.checkpoint.lora_files import find_file
     from uniworld.engine import Engine
+    from uniworld.engine.lora import NO_ERRORS
     from uniworld.engine.parallel import join_launched
 
     silence_libraries()
     start = time.perf_counter()
     loras = [parse_lora(text) for text in load.lora or ()]
+    if loras and load.report_error:
+        raise ValueError(f"--lora {load.lora[0]}: {NO_ERRORS}")
     files = [find_file(path) for path, _ in loras]
     device, group = checked_device(load.device), None
     if load.sequence_parallel:
@@ -162,7 +165,7 @@ def load_engine(load: LoadOptions, use_t5: bool | None, report: ReportOptions) -
         progress=not report.quiet,
         check_finite=load.check_finite,
         use_t5=use_t5,
-        cuda_graphs="auto" if load.cuda_graphs is None else load.cuda_graphs,
+        cuda_graphs="auto" if load.cuda_graphs == "auto" else load.cuda_graphs == "on",
         compile=load.compile,
         sequence_parallel=group,
         quantize=load.quantize,

@@ -27,6 +27,14 @@ class Dtype(StrEnum):
     float32 = "float32"
 
 
+class CudaGraphs(StrEnum):
+    """Whether steps are replayed as CUDA graphs."""
+
+    auto = "auto"
+    on = "on"
+    off = "off"
+
+
 class Cache(StrEnum):
     """Ways to leave out blocks of some steps."""
 
@@ -110,19 +118,18 @@ class LoadOptions:
         typer.Option("--check-finite", help="Refuse weights that hold NaN or infinity.", rich_help_panel=MODEL_PANEL),
     ] = False
     cuda_graphs: Annotated[
-        bool | None,
+        CudaGraphs,
         typer.Option(
-            "--cuda-graphs/--no-cuda-graphs",
-            help="Replay steps as CUDA graphs; default: where it can be done, and -v says where not.",
+            metavar="auto|on|off",
+            help="Replay steps as CUDA graphs; auto: where it can be done, and -v says where not.",
             rich_help_panel=MODEL_PANEL,
-            show_default=False,
         ),
-    ] = None
+    ] = CudaGraphs.auto
     lora: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="FILE|DIR|HUB-ID[:SCALE]",
-            help="LoRA of the DiT, such as cat.safetensors:0.8; may be repeated.",
+            metavar="FILE[:SCALE]",
+            help="LoRA of the DiT: a file, folder or Hub id, such as cat.safetensors:0.8; may be repeated.",
             rich_help_panel=MODEL_PANEL,
         ),
     ] = None
