@@ -259,7 +259,8 @@ def test_no_encoder_is_loaded(made, monkeypatch):
     loss = training_loss(model, batches.encode(next(iter(batches.source))), config.flow, torch.Generator())
     assert loss.isfinite()
     held = set(vars(parts))
-    assert held == {"folder", "denoiser", "denoise_projector", "siglip_projector", "device", "dtype"}
+    assert held == {"folder", "denoiser", "denoise_projector", "siglip_projector", "queries", "device", "dtype"}
+    assert parts.queries is None  # this model has none; where it has, they learn and are no encoder
     with pytest.raises(AssertionError, match="an encoder was loaded"):
         build.load_parts(replace(config, validation=replace(config.validation, every_steps=1)), world)
 
