@@ -449,8 +449,10 @@ def test_tiny_perceives(run, tmp_path):
 
 
 INTERRUPTIBLE = """
-import contextlib, sys
+import contextlib, signal, sys
 from uniworld import cli, cli_draw
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a background job starts
 
 original = cli_draw.step_progress
 
