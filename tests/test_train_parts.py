@@ -140,6 +140,28 @@ def test_workers_change_nothing(tmp_path):
     assert torch.equal(batch, part.make(range(2)))
 
 
+def test_tied_weights_are_kept_once_and_come_back(tmp_path):
+    """As T5's embedding, which has two names."""
+
+    class Tied(Line):
+        def __init__(self):
+            super().__init__()
+            self.module = nn.ModuleDict({"first": nn.Linear(1, 1), "second": nn.Linear(1, 1)})
+            self.module["second"].weight = self.module["first"].weight
+
+        def loss(self, batch, generator):
+            y = self.module["second"](self.module["first"](batch["x"]))
+            return (y - batch["y"]).square().mean(), {}
+
+    first, _ = train(line_config(tmp_path, num_steps=20), Tied())
+    again = loop.PartTrainer(line_config(tmp_path, num_steps=20), Tied(), quiet=True)
+    again._restore()
+    assert list(final_state(tmp_path)[0][loop.WEIGHTS]) == ["first.bias", "first.weight", "second.bias"]
+    assert torch.equal(again.part.module["second"].weight, first.part.module["first"].weight)
+    with pytest.raises(ValueError, match=r"is of another model \(bias"):
+        loop.PartTrainer(line_config(tmp_path, num_steps=30), Line(), quiet=True)._restore()
+
+
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
     class Broken(Line):
         def loss(self, batch, generator):

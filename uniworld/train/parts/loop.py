@@ -164,10 +164,7 @@ class PartTrainer:
         checkpoints.clean(self.root)
         found = checkpoints.choose(folder, self.config.checkpoint.resume)
         if found is not None:
-            try:
-                self.part.module.load_state_dict(load_file(found.folder / WEIGHTS, str(self.device)))
-            except RuntimeError as error:
-                raise ValueError(f"{found.folder}: is of another model ({' '.join(str(error).split())})") from None
+            self._load(found.folder)
             averages = load_file(found.folder / AVERAGE, str(self.device))
             for average, name in zip(self.average, self._names()):
                 average.copy_(averages[name])
@@ -176,19 +173,34 @@ class PartTrainer:
             self.step = found.step
         checkpoints.write_config(folder, to_yaml(self.config))
 
+    def _load(self, folder: Path) -> None:
+        weights = load_file(folder / WEIGHTS, str(self.device))
+        wrong = sorted(self._weights().keys() ^ weights.keys())
+        try:
+            self.part.module.load_state_dict(weights, strict=False)  # a tied weight has one of its names there
+        except RuntimeError as error:
+            wrong = wrong or [" ".join(str(error).split())]
+        if wrong:
+            raise ValueError(f"{folder}: is of another model ({wrong[0]})")
+
+    def _weights(self) -> dict[str, Tensor]:
+        """Parameters and persistent buffers, each once."""
+        module = self.part.module
+        once = {name for name, _ in (*module.named_parameters(), *module.named_buffers())}
+        return {name: tensor.detach().contiguous() for name, tensor in module.state_dict().items() if name in once}
+
     def _names(self) -> list[str]:
         return [name for name, p in self.part.module.named_parameters() if p.requires_grad]
 
     def _save(self) -> None:
         target = self.root / checkpoints.folder_name(self.step)
         checkpoints.hidden(target, "writing").mkdir(parents=True, exist_ok=True)
-        weights = {name: tensor.detach().contiguous() for name, tensor in self.part.module.state_dict().items()}
         writer = Writer(
             target=target,
             rank=0,
             world_size=1,
             files={
-                WEIGHTS: weights,
+                WEIGHTS: self._weights(),
                 AVERAGE: dict(zip(self._names(), self.average)),
                 OPTIMIZER: self.optimizer.state_dict(),
             },
