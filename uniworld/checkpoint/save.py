@@ -129,13 +129,21 @@ class ShardWriter:
 
 
 def save_module(
-    folder: Path, tensors: Iterable[tuple[str, Tensor]], config: dict[str, Any], stem: str = "model"
+    folder: Path,
+    tensors: Iterable[tuple[str, Tensor]],
+    config: dict[str, Any],
+    stem: str = "model",
+    dtype: torch.dtype | None = None,
 ) -> None:
-    """Write the folder of one encoder or VAE, made where it is not there: its tensors by key, and config.json."""
+    """Write the folder of one encoder or VAE, made where it is not there: its tensors by key, and config.json.
+
+    Args:
+        dtype: that tensors are stored in; None keeps theirs.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     writer = ShardWriter(folder, stem=stem)
     for key, tensor in tensors:
-        writer.add(key, tensor)
+        writer.add(key, tensor.detach().to(dtype or tensor.dtype))
     writer.finish()
     write_json(folder / "config.json", config)
 

@@ -8,7 +8,7 @@ Letters: B pictures, T tokens of a prompt, P width of the pooled text.
 """
 
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -132,11 +132,12 @@ class TextToImage:
         shutil.copytree(self.vae_folder, folder / "vae")
         (folder / "scheduler").mkdir()
         write_json(folder / "scheduler" / "scheduler_config.json", SCHEDULER)
-        save_module(folder / "transformer", _denoiser_tensors(self.module.denoiser), DENOISER, DIFFUSERS_STEM)
+        denoiser = _denoiser_tensors(self.module.denoiser)
+        save_module(folder / "transformer", denoiser, DENOISER, DIFFUSERS_STEM, STORED_DTYPE)
         clip, t5 = clip_config(read_ids(self.words, "clip")), t5_config(read_ids(self.words, "t5"))
         named = ((with_prefix(name, "text_model."), tensor) for name, tensor in self.module.clip.named_parameters())
-        save_module(folder / "text_encoder", _stored(named), clip)
-        save_module(folder / "text_encoder_2", _stored(self.module.t5.named_parameters()), t5)
+        save_module(folder / "text_encoder", named, clip, dtype=STORED_DTYPE)
+        save_module(folder / "text_encoder_2", self.module.t5.named_parameters(), t5, dtype=STORED_DTYPE)
 
     @property
     def _device(self) -> torch.device:
@@ -232,8 +233,4 @@ def _denoiser_tensors(denoiser: FluxTransformer) -> Iterator[tuple[str, Tensor]]
     """Under diffusers' names: fused q, k and v come apart."""
     for name, tensor in denoiser.named_parameters():
         keys = diffusers_names(name)
-        yield from zip(keys, tensor.detach().to(STORED_DTYPE).chunk(len(keys)))
-
-
-def _stored(named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    return ((name, tensor.detach().to(STORED_DTYPE)) for name, tensor in named)
+        yield from zip(keys, tensor.detach().chunk(len(keys)))

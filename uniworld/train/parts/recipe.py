@@ -12,6 +12,7 @@ from pathlib import Path
 
 from uniworld.checkpoint.locate import read_json
 from uniworld.checkpoint.save import atomic_folder
+from uniworld.data.scenes.make import write_whole
 from uniworld.train.export import export
 from uniworld.train.parts.start import write_start
 from uniworld.train.parts.words import IDS
@@ -150,6 +151,4 @@ class Recipe:
     def _mark(self, name: str) -> None:
         path = self.root / DONE
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps({"done": [*self.done, name]}, indent=1) + "\n", encoding="utf-8")
-        part.replace(path)
+        write_whole(path, json.dumps({"done": [*self.done, name]}, indent=1) + "\n")

@@ -121,8 +121,8 @@ class Contrastive:
     def export(self, folder: Path) -> None:
         """The folder `siglip`."""
         tensors = self.module.vision.named_parameters()
-        stored = ((with_prefix(name, "vision_model."), tensor.to(STORED_DTYPE)) for name, tensor in tensors)
-        save_module(folder, stored, SIGLIP)
+        named = ((with_prefix(name, "vision_model."), tensor) for name, tensor in tensors)
+        save_module(folder, named, SIGLIP, dtype=STORED_DTYPE)
         write_json(folder / "preprocessor_config.json", SIGLIP_PREPROCESSOR)
 
     def _batch(self, seeds: range, split: str) -> dict[str, Any]:

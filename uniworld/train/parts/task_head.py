@@ -6,7 +6,7 @@ Letters: B conversations.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from uniworld.checkpoint.tiny import STORED_DTYPE
 from uniworld.checkpoint.tiny_configs import TASK_HEAD_HIDDEN
 from uniworld.checkpoint.weights import Plan, fill, module_targets, read_headers
 from uniworld.data.scenes.tasks import Item, make_item
+from uniworld.engine.request import Turn
 from uniworld.models.prompts import PromptProcessor, VLMInputs, chat_text, instruction
 from uniworld.models.task_head import DRAW_CLASS, TaskHead
 from uniworld.models.tokenizers import load_tokenizer
@@ -37,15 +38,6 @@ from uniworld.train.parts.words import open_tokenizers
 TASKS = ("understanding", "edit", "understanding", "t2i", "understanding", "perceive", "understanding", "compose")
 CHAT = "understanding"
 SCORED_AT_ONCE = 32
-
-
-@dataclass(frozen=True)
-class Said:
-    """An earlier turn of a conversation."""
-
-    role: str
-    text: str
-    images: tuple[Image.Image, ...] = ()
 
 
 class Routing:
@@ -118,7 +110,7 @@ def asked_at(item: Item, turn: int) -> tuple[str, Sequence[Image.Image]]:
     pictures = tuple(Image.fromarray(np.ascontiguousarray(picture)) for picture in given)
     said = [instruction(message["value"]) for message in item.conversations]
     history = [
-        Said("user" if i % 2 == 0 else "assistant", text, pictures if i == 0 else ())
+        Turn("user" if i % 2 == 0 else "assistant", text, pictures if i == 0 else ())
         for i, text in enumerate(said[: 2 * turn])
     ]
     return chat_text(said[2 * turn], 0 if turn else len(pictures), history), pictures

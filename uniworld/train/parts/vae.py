@@ -86,8 +86,7 @@ class Autoencoder:
             latents.append(self.module.encode(as_pixels(batch)).latent_dist.mean)
         values = torch.cat(latents)
         settings = VAE | {"scaling_factor": 1 / float(values.std()), "shift_factor": float(values.mean())}
-        stored = ((name, tensor.to(STORED_DTYPE)) for name, tensor in self.module.named_parameters())
-        save_module(folder, stored, settings, stem=DIFFUSERS_STEM)
+        save_module(folder, self.module.named_parameters(), settings, DIFFUSERS_STEM, STORED_DTYPE)
 
 
 def load_vae(folder: Path) -> ImageAutoencoder:

@@ -98,10 +98,9 @@ class VisionLanguage:
 
     def export(self, folder: Path) -> None:
         """A Qwen2.5-VL folder, whose tensors have the same names in the authors' layout; tokenizer, processor."""
-        tensors = self.module.named_parameters()
-        stored = ((authors_names(VLM, name)[0], tensor.to(STORED_DTYPE)) for name, tensor in tensors)
+        named = ((authors_names(VLM, name)[0], tensor) for name, tensor in self.module.named_parameters())
         words = open_tokenizers(self.config.words)
-        save_module(folder, stored, qwen_config(read_ids(words, "qwen")))
+        save_module(folder, named, qwen_config(read_ids(words, "qwen")), dtype=STORED_DTYPE)
         copy_side_files(words, folder)
         write_json(folder / "preprocessor_config.json", PREPROCESSOR)
 
