@@ -253,17 +253,17 @@ def test_data_of_make_data_are_found(tmp_path):
 
 def test_a_signal_reaches_the_training(monkeypatch):
     """The training saves and ends with 143, and so does the command."""
-    from uniworld import cli_ablate
+    from uniworld.train import command
 
     handled = "signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\n"
     popen, before = subprocess.Popen, signal.getsignal(signal.SIGTERM)
     for handles in (handled, ""):  # the second is not as far yet, and dies of the signal
         child = f"import os, signal, sys, time\n{handles}os.kill(os.getppid(), signal.SIGTERM)\ntime.sleep(60)"
-        monkeypatch.setattr(cli_ablate.subprocess, "Popen", lambda _, child=child: popen([sys.executable, "-c", child]))
-        assert cli_ablate.run_command("train", "config.yaml") == 143
+        monkeypatch.setattr(command.subprocess, "Popen", lambda _, child=child: popen([sys.executable, "-c", child]))
+        assert command.run_command("train", "config.yaml") == 143
         assert signal.getsignal(signal.SIGTERM) is before
-    monkeypatch.setattr(cli_ablate.subprocess, "Popen", lambda _: popen([sys.executable, "-c", "raise SystemExit(2)"]))
-    assert cli_ablate.run_command("train", "config.yaml") == 2
+    monkeypatch.setattr(command.subprocess, "Popen", lambda _: popen([sys.executable, "-c", "raise SystemExit(2)"]))
+    assert command.run_command("train", "config.yaml") == 2
 
 
 # The page

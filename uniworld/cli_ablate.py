@@ -9,9 +9,6 @@ DIR/NAME.json            the result of an ablation
 
 import json
 import os
-import signal
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -46,8 +43,9 @@ from uniworld.train.ablations import (
     runs_of,
 )
 from uniworld.train.checkpoints import checkpoints_dir, complete_checkpoints
+from uniworld.train.command import run_command
 from uniworld.train.export import export
-from uniworld.train.signals import EXIT_STOPPED, STOP_SIGNALS
+from uniworld.train.signals import EXIT_STOPPED
 from uniworld.version import __version__
 
 ALL = "all"
@@ -193,35 +191,6 @@ def train(run: str, budget: Budget, folder: Path, quiet: bool) -> int:
             raise ValueError(f"{path}: training ended with exit code {code}; its own error is above")
     exported(Variant(title=run, run=run), folder, quiet)
     return 0
-
-
-def run_command(*arguments: str) -> int:
-    """`uniworld ARGUMENTS` as a process of its own, which gets the signals that ask us to stop.
-
-    Returns: its exit code; 143 where a signal ended it, whether it had something to save yet or not.
-    """
-    process, received = None, []
-
-    def forward(number: int, _: Any) -> None:
-        received.append(number)
-        if process is not None:
-            process.send_signal(number)
-
-    before = {number: signal.signal(number, forward) for number in STOP_SIGNALS}
-    try:
-        process = subprocess.Popen([sys.executable, "-m", "uniworld.cli", *arguments])
-        for number in received:
-            process.send_signal(number)
-        code = process.wait()
-        return EXIT_STOPPED if received and code else code
-    except BaseException:
-        if process is not None:
-            process.terminate()
-            process.wait()
-        raise
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def exported(variant: Variant, folder: Path, quiet: bool) -> Path:

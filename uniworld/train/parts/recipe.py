@@ -2,9 +2,6 @@
 
 import json
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,6 +10,7 @@ from pathlib import Path
 from uniworld.checkpoint.locate import read_json
 from uniworld.checkpoint.save import atomic_folder
 from uniworld.data.scenes.make import write_whole
+from uniworld.train.command import run_command
 from uniworld.train.export import export
 from uniworld.train.parts.start import write_start
 from uniworld.train.parts.words import IDS
@@ -23,8 +21,6 @@ DRAWN_TASKS = "t2i,edit,perceive,compose"  # what stages 1 and 2 learn: all that
 WORDS = "words"  # folder of the tokenizers
 DONE = "steps.json"
 MAX_FILE_BYTES = 15_000_000  # small enough for a repository
-POLL_S = 0.2
-GRACE_S = 300  # for a step to save after it was asked to stop
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,24 +125,11 @@ class Recipe:
         if step.function is not None:
             step.function()
             return True
-        process = subprocess.Popen([sys.executable, "-m", "uniworld.cli", *step.command])
-        stopped = False
-        try:
-            while process.poll() is None and not stopped:
-                stopped = signals.received or (end is not None and time.monotonic() >= end)
-                if stopped:
-                    process.send_signal(signal.SIGTERM)
-                time.sleep(POLL_S)
-            process.wait(GRACE_S)
-        finally:
-            if process.poll() is None:
-                process.kill()
-                process.wait()
-        if process.returncode == 0:
-            return True
-        if stopped or process.returncode == EXIT_STOPPED:
-            return False
-        raise ValueError(f"{step.name}: failed with exit code {process.returncode}; the same command tries it again")
+        seconds = None if end is None else max(0.0, end - time.monotonic())
+        code = run_command(*step.command, seconds=seconds, outer=signals)
+        if code not in (0, EXIT_STOPPED):
+            raise ValueError(f"{step.name}: failed with exit code {code}; the same command tries it again")
+        return code == 0
 
     def _mark(self, name: str) -> None:
         path = self.root / DONE
