@@ -5,7 +5,6 @@ of that step are copied into them. A graph holds for one exact length of the tex
 have to mask the padding, which is another kernel than the one eager steps call, and a graph gives the bits of eager.
 """
 
-import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
@@ -165,13 +164,13 @@ class StepGraphs:
             return "texts of unequal length share the batch"
         if any(weight.device != device for weight in batch.model.parameters()):
             return f"not all weights are on {device}"
-        key = graph_key(batch)
+        key = batch.graph_key
         if batch.num_steps < MIN_STEPS and key not in self._graphs:
             return f"fewer than {MIN_STEPS} steps do not pay for recording"
         return self._too_large.get(key, "")
 
     def steps(self, batch: PreparedBatch) -> "GraphSteps":
-        key = graph_key(batch)
+        key = batch.graph_key
         if key in self._graphs:
             self._graphs.move_to_end(key)
         return GraphSteps(self, key, batch, self._graphs.get(key))
@@ -251,13 +250,3 @@ class GraphSteps:
 
     def reports(self) -> list[StepCacheReport | None]:
         return [None] * len(self.batch.latents)
-
-
-def graph_key(batch: PreparedBatch) -> Hashable:
-    """What a graph was recorded for: shapes, numbers that are baked into kernels, and where which weights lie."""
-    model = batch.model
-    tensors = itertools.chain(model.named_parameters(), model.named_buffers())
-    weights = hash(tuple((name, t.data_ptr(), t.shape, t.dtype) for name, t in tensors))
-    lengths = tuple(prepared.txt.shape[1] for prepared in batch.passes)
-    scale = batch.true_cfg_scale if len(batch.passes) > 1 else None
-    return batch.height, batch.width, len(batch.latents), lengths, scale, model.attention_backend, weights

@@ -3,7 +3,10 @@
 Letters: B batch, N steps, L packed image tokens, C latent channels, D channels of the DiT.
 """
 
+import itertools
+from collections.abc import Hashable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -58,6 +61,15 @@ class PreparedBatch:
     def dtype(self) -> torch.dtype:
         """What the DiT computes in."""
         return self.model.x_embedder.weight.dtype
+
+    @cached_property
+    def graph_key(self) -> Hashable:
+        """What a graph is recorded for: shapes, numbers that are baked into kernels, and where which weights lie."""
+        tensors = itertools.chain(self.model.named_parameters(), self.model.named_buffers())
+        weights = hash(tuple((name, t.data_ptr(), t.shape, t.dtype) for name, t in tensors))
+        lengths = tuple(prepared.txt.shape[1] for prepared in self.passes)
+        scale = self.true_cfg_scale if len(self.passes) > 1 else None
+        return self.height, self.width, len(self.latents), lengths, scale, self.model.attention_backend, weights
 
 
 class Predictor(Protocol):
