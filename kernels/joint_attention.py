@@ -27,7 +27,8 @@ def joint_attention(
 
     Returns: [B, S, H, Dh], dtype of q; rows past a sample's length are zero. A batch of unequal lengths equals each
     sample alone: backends without a call for unequal lengths run one call a sample (so do all, where gradients are
-    needed). The gradient is the backend's own; "triton" has none, and "cpu_bf16" leaves calls that need one to "sdpa".
+    needed). The gradient is the backend's own; "triton" has none, and "cpu_bf16" leaves calls that need one to "sdpa" in
+    fp32.
 
     Raises:
         ValueError: shapes or lengths do not fit, the backend cannot run here, or "triton" would need a gradient.
@@ -39,8 +40,8 @@ def joint_attention(
         if needs_gradient:
             raise ValueError("attention='triton': has no backward pass; choose another backend for training")
         return varlen_attention(q, k, v, lengths_tensor(lengths or (q.shape[1],) * q.shape[0], q.device))
-    if name == "cpu_bf16" and needs_gradient:
-        name = "sdpa"  # the other has no backward pass
+    if name == "cpu_bf16" and needs_gradient:  # it has no backward pass, and torch's is slower in bf16 without AMX
+        return joint_attention(q.float(), k.float(), v.float(), lengths, "sdpa").to(q.dtype)
     if lengths is None:
         return attend(name, q, k, v)
     if len(set(lengths)) > 1 and name in RAGGED and not needs_gradient:

@@ -2,7 +2,8 @@
 
 What FLUX.1 brings to UniWorld: a DiT that draws what T5's states say. The noise levels and the loss are those of the
 later stages. The guidance embedding is drawn at random, since nothing is distilled here: the DiT learns that any value
-means the same.
+means the same. In the middle of its depth it must also know what will stand where (`dense`): a DiT that has to agree
+with a representation learns many times faster (Yu et al., 2025, REPA), and here the scene graph is at hand.
 
 Letters: B pictures, T tokens of a prompt, P width of the pooled text.
 """
@@ -26,13 +27,14 @@ from uniworld.data.scenes.tasks import Item, make_item
 from uniworld.kernels.flow_noise import flow_noise
 from uniworld.kernels.flow_step import flow_step
 from uniworld.models.blocks import AdaLinear
-from uniworld.models.flow import LATENT_SCALE, image_ids, initial_noise, sigmas, unpack
+from uniworld.models.flow import LATENT_SCALE, TOKEN_PX, image_ids, initial_noise, sigmas, unpack
 from uniworld.models.flux import FluxConfig, FluxTransformer
 from uniworld.models.text_encoders import TextEncoders, token_ids
 from uniworld.models.tokenizers import load_tokenizer
 from uniworld.models.vae import to_pil
 from uniworld.train.noise import draw_sigma
 from uniworld.train.parts.config import PartConfig
+from uniworld.train.parts.dense import OF_A_SCENE, OF_A_THING, DenseHead, dense_labels
 from uniworld.train.parts.latents import LatentCache, file_mark
 from uniworld.train.parts.sizes import DENOISER, VAE, t5_config
 from uniworld.train.parts.vae import DIFFUSERS_STEM, as_pixels, load_vae
@@ -43,18 +45,22 @@ TASKS = ("t2i", "edit", "t2i", "perceive", "t2i", "edit", "t2i", "understanding"
 FLOW = FlowConfig()
 GUIDANCE = (1.0, 5.0)
 NO_POOLED_RATE = 0.5  # of prompts whose pooled embedding is that of "", as the later stages have it
+POINTS_PER_SIDE = 2  # of a token: one for each latent
+DENSE_WEIGHT = 0.2
+DENSE_BLOCK = 2  # the single block before which the states are read
 SCORED_AT_ONCE = 32
 SCORED_SIGMAS = (0.2, 0.5, 0.8)
 NUM_SAMPLES, SAMPLE_STEPS = 16, 28
 
 
 class BaseModel(nn.Module):
-    """What learns: the DiT and both text encoders."""
+    """What learns: the DiT, both text encoders, and what reads the DiT's states."""
 
     def __init__(self, text: TextEncoders):
         super().__init__()
         self.denoiser = FluxTransformer(FluxConfig.from_dict(DENOISER))
         self.clip, self.t5 = text.clip.requires_grad_(True), text.t5.requires_grad_(True)
+        self.dense = DenseHead(self.denoiser.config.dim, POINTS_PER_SIDE)
         start_as_identity(self.denoiser)
 
 
@@ -82,16 +88,18 @@ class TextToImage:
         configs = clip_config(read_ids(self.words, "clip")), t5_config(read_ids(self.words, "t5"))
         self.text = TextEncoders.from_config(configs[0], self.clip_tokenizer, configs[1], self.t5_tokenizer)
         self.module: nn.Module = BaseModel(self.text)
+        self.module.denoiser.single_transformer_blocks[DENSE_BLOCK].register_forward_pre_hook(self._keep_states)
         self.vae_folder = Path(config.parts) / "vae" / "model"
         self.vae = load_vae(self.vae_folder)
         self._cache: LatentCache | None = None
 
     def make(self, seeds: range) -> dict[str, Tensor]:
-        """mean and std [B, C, h, w] of the latents; t5_ids [B, T] and clip_ids [B, 77] of what is said of them."""
+        """mean and std [B, C, h, w] of the latents; t5_ids [B, T] and clip_ids [B, 77] of what is said of them; the
+        labels of `dense`."""
         if self._cache is None:  # in the process that makes batches: open files do not travel
             self._cache = self._open_cache()
-        moments, ids = self._cache[[seed % self.config.num_items for seed in seeds]]
-        return self._as_batch(torch.from_numpy(moments), torch.from_numpy(ids))
+        moments, numbers = self._cache[[seed % self.config.num_items for seed in seeds]]
+        return self._as_batch(torch.from_numpy(moments), torch.from_numpy(numbers))
 
     def loss(self, batch: dict[str, Tensor], generator: torch.Generator) -> tuple[Tensor, dict[str, float | Tensor]]:
         B, device = len(batch["mean"]), self._device
@@ -102,7 +110,10 @@ class TextToImage:
         guidance = (low + (high - low) * torch.rand(B, generator=generator)).to(device)
         without = (torch.rand(B, generator=generator) < NO_POOLED_RATE).to(device)
         pred, target = self._predict(batch, latents, noise, sigma, guidance, without)
-        return (pred.float() - target).square().mean(), {}
+        flow = (pred.float() - target).square().mean()
+        labels = {name: batch[name].to(device) for name in ("points", "whole")}
+        dense, read = self.module.dense(self._states[:, : pred.shape[1]], labels)
+        return flow + DENSE_WEIGHT * dense, {"flow": flow.detach(), **read}
 
     @torch.no_grad()
     def score(self) -> dict[str, float]:
@@ -148,18 +159,27 @@ class TextToImage:
         marks = file_mark(self.vae_folder / f"{DIFFUSERS_STEM}.safetensors"), file_mark(self.words / IDS)
         folder = Path(self.config.run_dir) / f"latents-{'-'.join(marks)}-{VERSION}"
         side = self.config.size_px // LATENT_SCALE
-        num_ids = sum(self._lengths)
         shape = (2, VAE["latent_channels"], side, side)
-        return LatentCache(folder, self.config.num_items, shape, num_ids, self._make_items)
+        return LatentCache(folder, self.config.num_items, shape, sum(self._numbers), self._make_items)
 
     @property
     def _lengths(self) -> tuple[int, int]:
         """Token ids of T5 and of CLIP."""
         return self.t5_tokenizer.model_max_length, self.clip_tokenizer.model_max_length
 
+    @property
+    def _numbers(self) -> tuple[int, int, int, int]:
+        """How many of T5's ids, of CLIP's, and of labels of points and of the whole."""
+        return *self._lengths, self._points_per_side**2 * len(OF_A_THING), len(OF_A_SCENE)
+
+    @property
+    def _points_per_side(self) -> int:
+        """Of a picture."""
+        return POINTS_PER_SIDE * self.config.size_px // TOKEN_PX
+
     @torch.no_grad()
     def _make_items(self, seeds: Sequence[int], split: str = "train") -> tuple[np.ndarray, np.ndarray]:
-        """Moments of the scaled latents [B, 2, C, h, w] and token ids [B, T + 77], as the cache holds them."""
+        """Moments of the scaled latents [B, 2, C, h, w], and `_numbers` in a row, as the cache holds them."""
         items = [make_item(TASKS[s % len(TASKS)], s, split, size_px=self.config.size_px) for s in seeds]
         said = [what_is_said(item) for item in items]
         levels = torch.from_numpy(np.stack([item.pictures[-1] for item in items]))
@@ -167,12 +187,19 @@ class TextToImage:
         moments = torch.stack([(mean - self.vae.shift) * self.vae.scale, std * self.vae.scale], dim=1)
         tokenizers = self.t5_tokenizer, self.clip_tokenizer
         ids = [token_ids(tokenizer, said, length) for tokenizer, length in zip(tokenizers, self._lengths)]
-        return moments.half().numpy(), torch.cat(ids, dim=1).short().numpy()
+        dense = dense_labels([item.scenes[-1] for item in items], self._points_per_side)
+        numbers = torch.cat([*ids, dense["points"].flatten(1), dense["whole"]], dim=1)
+        return moments.half().numpy(), numbers.short().numpy()
 
-    def _as_batch(self, moments: Tensor, ids: Tensor) -> dict[str, Tensor]:
+    def _as_batch(self, moments: Tensor, numbers: Tensor) -> dict[str, Tensor]:
         mean, std = moments.float().unbind(1)
-        t5_ids, clip_ids = ids.long().split(self._lengths, dim=1)
-        return {"mean": mean, "std": std, "t5_ids": t5_ids, "clip_ids": clip_ids}
+        t5_ids, clip_ids, points, whole = numbers.long().split(self._numbers, dim=1)
+        points = points.view(len(points), self._points_per_side, self._points_per_side, len(OF_A_THING))
+        return {"mean": mean, "std": std, "t5_ids": t5_ids, "clip_ids": clip_ids, "points": points, "whole": whole}
+
+    def _keep_states(self, block: nn.Module, inputs: tuple) -> None:
+        """Normalized states of the joint sequence [B, S, D], the picture's tokens first."""
+        self._states = inputs[0]
 
     def _latents(self, batch: dict[str, Tensor], generator: torch.Generator) -> Tensor:
         """A sample of the posterior."""
@@ -189,7 +216,7 @@ class TextToImage:
         self, batch: dict[str, Tensor], latents: Tensor, noise: Tensor, sigma: Tensor, guidance: Tensor, without: Tensor
     ) -> tuple[Tensor, Tensor]:
         """The DiT's velocity and its target, both packed."""
-        noisy, target = flow_noise(latents, noise, sigma, dtype=torch.float32)
+        noisy, target = flow_noise(latents, noise, sigma, dtype=self.module.denoiser.proj_out.weight.dtype)
         states, pooled = self._condition(batch, without)
         ids = image_ids(self.config.size_px, self.config.size_px, latents.device)
         return self.module.denoiser(noisy, states, pooled, sigma, guidance, ids), target

@@ -19,6 +19,8 @@ class PartConfig:
     num_steps: int
     start: str | None = None
     """Of part vae: folder of exported weights to start from in place of random ones."""
+    decoder_only: bool = False
+    """Of part vae, with `start`: the encoder stays, and with it the latents that other parts have learned on."""
     seed: int = 0
     batch_size: int = 16
     """Items a step; an item of the scenes' world may hold several pictures."""
@@ -27,10 +29,13 @@ class PartConfig:
     """Folder of the other parts' runs; a part that builds on another takes its weights from `PART/model` in it."""
     words: str = "runs/tiny/words"
     """Folder of the tokenizers, which the parts share; made from the words of the scenes where it is not there."""
-    dtype: Literal["bf16", "fp32"] = "fp32"
-    """Of the computation; parameters, optimizer and EMA are fp32."""
+    dtype: Literal["fp32", "bf16", "autocast"] = "fp32"
+    """Of the computation: bf16 throughout, with weights rounded for every step, or torch's autocast to bf16. What is
+    optimized and averaged is fp32."""
     num_items: int = 100000
-    """Of part base: items that are trained on again and again, from latents that are kept in `run_dir` (17 KB each)."""
+    """Of part base: items that are trained on again and again, from latents that are kept in `run_dir` (19 KB each)."""
+    look_items: int = 0
+    """Of part vlm: items from whose pictures the vision tower alone learns, before conversations are learned."""
     num_workers: int | None = None
     """Processes that draw scenes; 0 draws in the training process, null takes most CPUs where there are 3 or more."""
     num_checked: int = 256
@@ -50,6 +55,8 @@ class PartConfig:
             raise ValueError(f"size_px={self.size_px}: must be a multiple of 16 from 64 on")
         if self.start is not None and self.part != "vae":
             raise ValueError(f"start={self.start}: only part vae starts from exported weights, not {self.part}")
+        if self.decoder_only and self.start is None:
+            raise ValueError("decoder_only=True: needs start, whose encoder is kept")
         if self.num_workers is not None and self.num_workers < 0:
             raise ValueError(f"num_workers={self.num_workers}: must be at least 0")
 

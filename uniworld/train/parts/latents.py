@@ -1,9 +1,9 @@
-"""Latents and token ids of the items that the base is trained on, kept on disk.
+"""Latents, token ids and labels of the items that the base is trained on, kept on disk.
 
 Drawing a picture and encoding it costs as much as a third of a training step, and is the same every time. The cache is
 filled as items are first asked for, so that a run starts at once; the noise of the flow stays fresh.
 
-Letters: N items, B of a batch, C latent channels, h, w latent height and width, T token ids.
+Letters: N items, B of a batch, C latent channels, h, w latent height and width, T whole numbers an item.
 """
 
 import zlib
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-MOMENTS, IDS, READY = "moments.npy", "ids.npy", "ready.npy"
+MOMENTS, NUMBERS, READY = "moments.npy", "numbers.npy", "ready.npy"
 Made = tuple[np.ndarray, np.ndarray]
 
 
@@ -21,8 +21,8 @@ class LatentCache:
 
     Args:
         folder: of the cache; made where it is not there. It holds what `make` gave and knows nothing of how.
-        num: N. moments: shape (2, C, h, w) of an item, kept in fp16. num_ids: T.
-        make: item numbers -> moments [B, 2, C, h, w] and ids [B, T].
+        num: N. moments: shape (2, C, h, w) of an item, kept in fp16. num_numbers: T.
+        make: item numbers -> moments [B, 2, C, h, w] and numbers [B, T].
     """
 
     def __init__(
@@ -30,22 +30,22 @@ class LatentCache:
         folder: Path,
         num: int,
         moments: tuple[int, int, int, int],
-        num_ids: int,
+        num_numbers: int,
         make: Callable[[Sequence[int]], Made],
     ):
         self.make = make
         folder.mkdir(parents=True, exist_ok=True)
         self.moments = _open(folder / MOMENTS, (num, *moments), np.float16)
-        self.ids = _open(folder / IDS, (num, num_ids), np.int16)
+        self.numbers = _open(folder / NUMBERS, (num, num_numbers), np.int16)
         self.ready = _open(folder / READY, (num,), np.uint8)
 
     def __getitem__(self, numbers: Sequence[int]) -> Made:
-        """moments fp16 [B, 2, C, h, w] and ids int16 [B, T]; what is not there is made first."""
+        """moments fp16 [B, 2, C, h, w] and numbers int16 [B, T]; what is not there is made first."""
         missing = [n for n in dict.fromkeys(numbers) if not self.ready[n]]
         if missing:
-            self.moments[missing], self.ids[missing] = self.make(missing)
+            self.moments[missing], self.numbers[missing] = self.make(missing)
             self.ready[missing] = 1  # last: a run that is killed in between makes them again
-        return self.moments[list(numbers)], self.ids[list(numbers)]
+        return self.moments[list(numbers)], self.numbers[list(numbers)]
 
 
 def file_mark(path: Path) -> str:

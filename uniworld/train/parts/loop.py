@@ -65,8 +65,12 @@ class PartTrainer:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         part.module.to(self.device, torch.float32).train()
         self.parameters = [p for p in part.module.parameters() if p.requires_grad]
-        self.average = [p.detach().clone() for p in self.parameters]
-        self.optimizer = make_optimizer(config.optim, self.parameters)
+        self.masters = self.parameters  # what is optimized
+        if config.dtype == "bf16":
+            self.masters = [nn.Parameter(p.detach().clone()) for p in self.parameters]
+            part.module.to(torch.bfloat16)
+        self.average = [p.detach().clone() for p in self.masters]
+        self.optimizer = make_optimizer(config.optim, self.masters)
         self.root = checkpoints.checkpoints_dir(config.run_dir)
         self.step = 0
 
@@ -104,9 +108,9 @@ class PartTrainer:
     def finish(self) -> tuple[dict[str, float], Path]:
         """Score and export the averaged weights; returns the scores, also in `scores.json`, and the exported folder."""
         with torch.no_grad():
+            self.part.module.float().eval()
             for parameter, average in zip(self.parameters, self.average):
                 parameter.copy_(average)
-        self.part.module.eval()
         scores = self.part.score()
         folder = Path(self.config.run_dir)
         with atomic_folder(folder / "model", overwrite=True) as temporary:
@@ -129,21 +133,34 @@ class PartTrainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         generator = torch.Generator().manual_seed(config.seed * 2**32 + self.step)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=config.dtype == "bf16"):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=config.dtype == "autocast"):
             loss, more = self.part.loss(batch, generator)
         loss.backward()
         limit = config.optim.clip_norm or float("inf")
-        norm = float(nn.utils.clip_grad_norm_(self.parameters, limit))
+        self._widen_gradients()
+        norm = float(nn.utils.clip_grad_norm_(self.masters, limit))
         if not norm < float("inf"):
             value = float(loss.detach())
             raise ValueError(f"step {self.step}: loss {value:g}, its gradient is not finite; lower optim.lr")
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        ema_update(self.average, self.parameters, decay_at(self.step, config.ema))
+        self._round_masters()
+        ema_update(self.average, self.masters, decay_at(self.step, config.ema))
         self._images += config.batch_size
         if self.step % config.log_every_steps == 0:
             self._log(float(loss.detach()), norm, lr, more, metrics)
             self._window_s, self._images = time.perf_counter(), 0
+
+    def _widen_gradients(self) -> None:
+        """Move the gradients of bf16 weights to their masters."""
+        if self.masters is not self.parameters:
+            for master, parameter in zip(self.masters, self.parameters):
+                master.grad, parameter.grad = None if parameter.grad is None else parameter.grad.float(), None
+
+    @torch.no_grad()
+    def _round_masters(self) -> None:
+        if self.masters is not self.parameters:
+            torch._foreach_copy_(self.parameters, self.masters)
 
     def _log(self, loss: float, norm: float, lr: float, more: dict[str, Any], metrics: Metrics) -> None:
         seconds = time.perf_counter() - self._window_s
@@ -182,12 +199,17 @@ class PartTrainer:
             wrong = wrong or [" ".join(str(error).split())]
         if wrong:
             raise ValueError(f"{folder}: is of another model ({wrong[0]})")
+        with torch.no_grad():
+            for master, name in zip(self.masters, self._names()):
+                master.copy_(weights[name])
 
     def _weights(self) -> dict[str, Tensor]:
-        """Parameters and persistent buffers, each once."""
+        """Parameters, unrounded, and persistent buffers, each once."""
         module = self.part.module
         once = {name for name, _ in (*module.named_parameters(), *module.named_buffers())}
-        return {name: tensor.detach().contiguous() for name, tensor in module.state_dict().items() if name in once}
+        rounded = {name: tensor for name, tensor in module.state_dict().items() if name in once}
+        found = rounded | dict(zip(self._names(), self.masters))
+        return {name: tensor.detach().contiguous() for name, tensor in found.items()}
 
     def _names(self) -> list[str]:
         return [name for name, p in self.part.module.named_parameters() if p.requires_grad]

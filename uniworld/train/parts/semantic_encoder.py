@@ -2,7 +2,8 @@
 
 The loss is SigLIP's (Zhai et al., 2023, equation 1): every pair of picture and caption in the batch is a yes-or-no
 question. SigLIP2 adds losses on single patches, so that its states hold detail; here each patch's state must give back
-its pixels at half resolution, through one linear layer. The text tower and that layer are thrown away.
+its pixels at half resolution, and say what its points show (`dense`), through one linear layer each. The text tower and
+those layers are thrown away.
 
 Letters: B pictures, T patches of one, L tokens of a caption, D width, E width of the common space, V vocabulary.
 """
@@ -21,6 +22,7 @@ from uniworld.data.scenes.tasks import make_item
 from uniworld.models.siglip import SemanticEncoder
 from uniworld.models.tokenizers import load_tokenizer
 from uniworld.train.parts.config import PartConfig
+from uniworld.train.parts.dense import DenseHead, dense_labels
 from uniworld.train.parts.sizes import SIGLIP, SIGLIP_PREPROCESSOR
 from uniworld.train.parts.vae import as_pixels, psnr
 from uniworld.train.parts.words import caption, open_tokenizers
@@ -30,6 +32,7 @@ EMBEDDING = 128
 MAX_TOKENS = 96
 TEXT_LAYERS, TEXT_HEADS = 2, 4
 RECONSTRUCTION_WEIGHT = 2.0
+POINTS_PER_SIDE = 4  # of a patch
 FIRST_SCALE, FIRST_BIAS = 10.0, -10.0  # SigLIP's: at first nearly every pair is a no
 SCORED_AT_ONCE = 32
 
@@ -62,6 +65,7 @@ class TwoTowers(nn.Module):
         self.attend = nn.Linear(dim, 1)
         self.project = nn.Linear(dim, EMBEDDING)
         self.pixels = nn.Linear(dim, 3 * (patch // 2) ** 2)
+        self.dense = DenseHead(dim, POINTS_PER_SIDE)
         self.log_scale = nn.Parameter(torch.tensor(FIRST_SCALE).log())
         self.bias = nn.Parameter(torch.tensor(FIRST_BIAS))
 
@@ -88,7 +92,7 @@ class Contrastive:
         self.module: nn.Module = TwoTowers(len(self.tokenizer))
 
     def make(self, seeds: range) -> dict[str, Any]:
-        """levels uint8 [B, H, W, 3]; ids and mask [B, L] of a caption of each picture."""
+        """levels uint8 [B, H, W, 3]; ids and mask [B, L] of a caption of each picture; the labels of `dense`."""
         return self._batch(seeds, "train")
 
     def loss(self, batch: dict[str, Any], generator: torch.Generator) -> tuple[Tensor, dict[str, float | Tensor]]:
@@ -101,13 +105,15 @@ class Contrastive:
         contrastive = -F.logsigmoid(same * logits).sum() / len(logits)
         squared = (module.pixels(states) - patches(pixels)).square().mean()
         found = (logits.argmax(1) == torch.arange(len(logits), device=logits.device)).float().mean()
-        more = {"contrastive": contrastive.detach(), "psnr_db": psnr(squared.detach()), "found": found}
-        return contrastive + RECONSTRUCTION_WEIGHT * squared, more
+        dense, right = module.dense(states, batch)
+        more = {"contrastive": contrastive.detach(), "psnr_db": psnr(squared.detach()), "found": found, **right}
+        return contrastive + RECONSTRUCTION_WEIGHT * squared + dense, more
 
     @torch.no_grad()
     def score(self) -> dict[str, float]:
-        """Of 32 held-out captions, how often a picture's own is the nearest; PSNR of the patches' pixels."""
-        found, squares = [], []
+        """Of 32 held-out captions, how often a picture's own is the nearest; PSNR of the patches' pixels; and how often
+        what a point shows is read rightly."""
+        found, squares, rights = [], [], []
         for start in range(0, self.config.num_checked, SCORED_AT_ONCE):
             batch = self._batch(range(start, start + SCORED_AT_ONCE), "held-out")
             batch = {name: tensor.to(self.module.bias.device) for name, tensor in batch.items()}
@@ -116,7 +122,9 @@ class Contrastive:
             nearest = self._logits(states, batch).argmax(1).cpu()
             found.append((nearest == torch.arange(SCORED_AT_ONCE)).float().mean())
             squares.append((self.module.pixels(states) - patches(pixels)).square().mean())
-        return {"found": float(torch.stack(found).mean()), "psnr_db": float(psnr(torch.stack(squares).mean()))}
+            rights.append(self.module.dense(states, batch)[1])
+        read = {name: float(torch.stack([right[name] for right in rights]).mean()) for name in rights[0]}
+        return {"found": float(torch.stack(found).mean()), "psnr_db": float(psnr(torch.stack(squares).mean())), **read}
 
     def export(self, folder: Path) -> None:
         """The folder `siglip`."""
@@ -136,7 +144,9 @@ class Contrastive:
             return_tensors="pt",
         )
         levels = torch.from_numpy(np.stack([item.pictures[-1] for item in items]))
-        return {"levels": levels, "ids": tokens.input_ids, "mask": tokens.attention_mask.bool()}
+        points = POINTS_PER_SIDE * self.config.size_px // SIGLIP["patch_size"]
+        labels = dense_labels([item.scenes[-1] for item in items], points)
+        return {"levels": levels, "ids": tokens.input_ids, "mask": tokens.attention_mask.bool(), **labels}
 
     def _logits(self, states: Tensor, batch: dict[str, Any]) -> Tensor:
         """[B, B]: row a picture, column a caption."""

@@ -43,6 +43,8 @@ class Autoencoder:
         self.module: nn.Module = AutoencoderKL.from_config(VAE)
         if config.start is not None:
             self.module.load_state_dict(load_vae(Path(config.start)).model.state_dict())
+        if config.decoder_only:
+            self.module.encoder.requires_grad_(False)
 
     @property
     def _device(self) -> torch.device:
@@ -77,16 +79,20 @@ class Autoencoder:
         scores = {f"psnr_{task}_db": float(np.mean(values)) for task, values in sorted(found.items())}
         return {"psnr_db": float(np.mean([v for values in found.values() for v in values])), **scores}
 
-    @torch.no_grad()
     def export(self, folder: Path) -> None:
         """The folder `flux/vae`; scale and shift bring the latents of this world to mean 0 and deviation 1."""
+        scaling = read_json(Path(self.config.start) / "config.json") if self.config.decoder_only else self._scaling()
+        settings = VAE | {name: scaling[name] for name in ("scaling_factor", "shift_factor")}
+        save_module(folder, self.module.named_parameters(), settings, DIFFUSERS_STEM, STORED_DTYPE)
+
+    @torch.no_grad()
+    def _scaling(self) -> dict[str, float]:
         latents = []
         for start in range(0, self.config.num_checked, SCORED_AT_ONCE):
             batch = self.make(range(start, start + SCORED_AT_ONCE)).to(self._device)
             latents.append(self.module.encode(as_pixels(batch)).latent_dist.mean)
         values = torch.cat(latents)
-        settings = VAE | {"scaling_factor": 1 / float(values.std()), "shift_factor": float(values.mean())}
-        save_module(folder, self.module.named_parameters(), settings, DIFFUSERS_STEM, STORED_DTYPE)
+        return {"scaling_factor": 1 / float(values.std()), "shift_factor": float(values.mean())}
 
 
 def load_vae(folder: Path) -> ImageAutoencoder:

@@ -1,11 +1,13 @@
 """The vision-language model of `tiny`: questions about scenes, captions, and what an instruction is to lead to.
 
-Answers are learned by next-token prediction; questions, instructions and pictures only condition. So that the states of
-an instruction say what is to be drawn, its "answer" here is the caption of the wanted picture.
+At first its vision tower alone learns to see (`dense`): a language model that finds nothing in a picture learns to guess.
+Then answers are learned by next-token prediction; questions, instructions and pictures only condition. So that the states
+of an instruction say what is to be drawn, its "answer" here is the caption of the wanted picture.
 
-Letters: B conversations, L tokens of the longest, V vocabulary.
+Letters: B conversations, L tokens of the longest, V vocabulary, n tokens of answers.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -20,7 +22,10 @@ from torch.nn import functional as F
 from uniworld.checkpoint.names import VLM, authors_names
 from uniworld.checkpoint.save import copy_side_files, save_module, write_json
 from uniworld.checkpoint.tiny import STORED_DTYPE
+from uniworld.data.scenes.graph import Scene
+from uniworld.data.scenes.questions import Question, converse
 from uniworld.data.scenes.tasks import Item, make_item
+from uniworld.data.scenes.wording import wording
 from uniworld.models.prompts import (
     DATA_ROLES,
     IMAGE,
@@ -36,11 +41,16 @@ from uniworld.models.tokenizers import load_tokenizer
 from uniworld.models.vision_processor import VisionProcessor
 from uniworld.models.vlm import VisionLanguageModel
 from uniworld.train.parts.config import PartConfig
-from uniworld.train.parts.sizes import PREPROCESSOR, qwen_config
+from uniworld.train.parts.dense import DenseHead, dense_labels
+from uniworld.train.parts.sizes import PREPROCESSOR, VLM_PX, qwen_config
 from uniworld.train.parts.words import caption, open_tokenizers, read_ids
 
 # Of five items three are questions; the others are what pictures are drawn from.
 TASKS = ("understanding", "edit", "understanding", "understanding", "t2i")
+SEEN_TASKS = ("understanding", "edit", "t2i")  # whose pictures the vision tower learns to see
+NUM_QUESTIONS = 6  # about a picture: to see it costs as much as several of them
+POINTS_PER_SIDE = 4  # of a token of a picture
+DENSE_WEIGHT = 0.2  # once answers are learned
 IGNORED = -100
 SCORED_AT_ONCE = 32
 Conversation = list[dict[str, str]]
@@ -58,17 +68,52 @@ class VisionLanguage:
         tokenizer = load_tokenizer(words, "Qwen2Tokenizer")
         self.processor = PromptProcessor(tokenizer, VisionProcessor(PREPROCESSOR))
         self.vlm = VisionLanguageModel.from_config(qwen_config(read_ids(words, "qwen")))
-        self.module: nn.Module = self.vlm.model.requires_grad_(True)
+        head = DenseHead(self.vlm.hidden_size, POINTS_PER_SIDE)
+        self.module: nn.Module = nn.ModuleDict({"vlm": self.vlm.model.requires_grad_(True), "dense": head})
+        self.vlm.model.model.visual.register_forward_hook(self._keep_seen)
 
     def make(self, seeds: range) -> dict[str, Any]:
-        """The fields of VLMInputs, and labels [B, L]: a token where it is part of an answer, else IGNORED."""
-        items = [make_item(TASKS[s % len(TASKS)], s, "train", size_px=self.config.size_px) for s in seeds]
+        """Of the first `look_items` items the pictures alone, then conversations.
+
+        The fields of VLMInputs, but those of words; the labels of `dense`; and with words labels [B, L]: a token where
+        it is part of an answer, else IGNORED.
+        """
+        if seeds.start < self.config.look_items:
+            items = [make_item(SEEN_TASKS[s % len(SEEN_TASKS)], s, size_px=self.config.size_px) for s in seeds]
+            pixels, grids = self.processor.vision([Image.fromarray(item.pictures[-1]) for item in items])
+            return {"pixel_values": pixels, "image_grid_thw": grids, **self._dense([item.scenes[-1] for item in items])}
+        items = [make_item(TASKS[s % len(TASKS)], s, size_px=self.config.size_px) for s in seeds]
         return self._batch(items, [answered(item) for item in items])
 
     def loss(self, batch: dict[str, Any], generator: torch.Generator) -> tuple[Tensor, dict[str, float | Tensor]]:
-        logits, labels = self._predict(batch)
+        if "labels" not in batch:
+            return self._look(batch)
+        logits, labels, weights = self._predict(batch)
         right = (logits.detach().argmax(-1) == labels).float().mean()
-        return F.cross_entropy(logits.float(), labels), {"tokens_right": right}
+        answers = (weights * F.cross_entropy(logits.float(), labels, reduction="none")).sum()
+        more = {"answers": answers.detach(), "tokens_right": right}
+        if "points" not in batch:
+            return answers, more
+        dense, seen = self._read_seen(batch)
+        return answers + DENSE_WEIGHT * dense, more | seen
+
+    def _look(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, float | Tensor]]:
+        device, visual = self.vlm.device, self.vlm.model.model.visual
+        visual(batch["pixel_values"].to(device), grid_thw=batch["image_grid_thw"].to(device))
+        return self._read_seen(batch)
+
+    def _keep_seen(self, visual: nn.Module, inputs: Any, output: Any) -> None:
+        """The states of the pictures' tokens [all, D], which transformers 4 returns bare."""
+        self._seen = getattr(output, "pooler_output", output)
+
+    def _read_seen(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, float | Tensor]]:
+        labels = {name: batch[name].to(self.vlm.device) for name in ("points", "whole")}
+        states = self._seen.unflatten(0, (len(labels["whole"]), -1))
+        return self.module["dense"](states, labels)
+
+    def _dense(self, scenes: Sequence[Scene]) -> dict[str, Tensor]:
+        token_px = PREPROCESSOR["patch_size"] * PREPROCESSOR["merge_size"]
+        return dense_labels(scenes, POINTS_PER_SIDE * math.isqrt(VLM_PX) // token_px)
 
     @torch.no_grad()
     def score(self) -> dict[str, float]:
@@ -83,11 +128,7 @@ class VisionLanguage:
         for item in (make_item("understanding", seed, "held-out", size_px=size_px) for seed in seeds):
             for question in item.facts:
                 if not question.kind.startswith("caption"):
-                    turns = [
-                        {"from": "human", "value": f"{IMAGE_MARK}\n{question.text}"},
-                        {"from": "gpt", "value": question.answer},
-                    ]
-                    asked.append((question.kind, item, turns))
+                    asked.append((question.kind, item, turns_of(question, with_picture=True)))
         found: dict[str, list[bool]] = {}
         for start in range(0, len(asked), SCORED_AT_ONCE):
             kinds, items, conversations = zip(*asked[start : start + SCORED_AT_ONCE])
@@ -98,7 +139,7 @@ class VisionLanguage:
 
     def export(self, folder: Path) -> None:
         """A Qwen2.5-VL folder, whose tensors have the same names in the authors' layout; tokenizer, processor."""
-        named = ((authors_names(VLM, name)[0], tensor) for name, tensor in self.module.named_parameters())
+        named = ((authors_names(VLM, name)[0], tensor) for name, tensor in self.vlm.model.named_parameters())
         words = open_tokenizers(self.config.words)
         save_module(folder, named, qwen_config(read_ids(words, "qwen")), dtype=STORED_DTYPE)
         copy_side_files(words, folder)
@@ -111,29 +152,41 @@ class VisionLanguage:
         shown = [item.pictures[: prompt.count(IMAGE)] for item, prompt in zip(items, prompts)]
         inputs = self.processor.encode(prompts, [[Image.fromarray(p) for p in pictures] for pictures in shown])
         labels = answer_labels(inputs.input_ids, inputs.attention_mask, self.processor.tokens)
-        return {f.name: getattr(inputs, f.name) for f in fields(inputs)} | {"labels": labels}
+        scenes = [scene for item, some in zip(items, shown) for scene in item.scenes[: len(some)]]
+        dense = self._dense(scenes) if scenes else {}
+        return {f.name: getattr(inputs, f.name) for f in fields(inputs)} | dense | {"labels": labels}
 
-    def _predict(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Logits [n, V] and labels [n] of the answers' tokens."""
-        inputs = VLMInputs(**{name: value for name, value in batch.items() if name != "labels"})
-        labels = batch["labels"][:, 1:].to(self.vlm.device)
+    def _predict(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits [n, V], labels [n] and weights [n] of the answers' tokens."""
+        inputs = VLMInputs(**{field.name: batch[field.name] for field in fields(VLMInputs)})
+        labels = batch["labels"].to(self.vlm.device)
+        weights = answer_weights(labels)[:, 1:]
+        labels = labels[:, 1:]
         learned = labels != IGNORED
         states = self.vlm.states(inputs).hidden_states[:, :-1][learned]
-        return self.module.lm_head(states), labels[learned]
+        return self.vlm.model.lm_head(states), labels[learned], weights[learned]
 
     def _right(self, batch: dict[str, Any]) -> list[bool]:
         """Of each conversation, whether all its answers' tokens are right."""
-        logits, labels = self._predict(batch)
+        logits, labels, _ = self._predict(batch)
         rows = (batch["labels"][:, 1:] != IGNORED).nonzero()[:, 0]
         wrong = rows[(logits.argmax(-1) != labels).cpu()]
         return [row not in wrong.tolist() for row in range(len(batch["labels"]))]
 
 
 def answered(item: Item) -> Conversation:
-    """The conversation of an item; in the place of a picture its caption in the language of the instruction."""
+    """NUM_QUESTIONS or fewer of them about a picture, answered; else the instruction, and in the place of the wanted
+    picture its caption in the language of the instruction."""
     if item.task == "understanding":
-        return item.conversations
+        words = wording(item.language, np.random.default_rng((item.seed, NUM_QUESTIONS)))
+        questions = converse(item.scenes[0], words, item.split, NUM_QUESTIONS) or item.facts
+        return [turn for number, question in enumerate(questions) for turn in turns_of(question, number == 0)]
     return [*item.conversations[:-1], {"from": "gpt", "value": caption(item)}]
+
+
+def turns_of(question: Question, with_picture: bool) -> Conversation:
+    mark = f"{IMAGE_MARK}\n" if with_picture else ""
+    return [{"from": "human", "value": mark + question.text}, {"from": "gpt", "value": question.answer}]
 
 
 def conversation_text(turns: Conversation, words_first: bool) -> str:
@@ -159,3 +212,16 @@ def answer_labels(input_ids: Tensor, attention_mask: Tensor, tokens: TokenIds) -
                 labels[row, column:end] = input_ids[row, column:end]
                 column = end
     return labels
+
+
+def answer_weights(labels: Tensor) -> Tensor:
+    """fp32 [B, L], of sum 1: an answer of n tokens counts sqrt(n), so that captions do not drown answers of one word.
+
+    Source: Chen et al., 2024, InternVL 2.5, section 3.3, "square averaging".
+    """
+    learned = labels != IGNORED
+    starts = learned & ~F.pad(learned, (1, -1))
+    answer = (starts.flatten().cumsum(0) * learned.flatten()).to(torch.int64)  # 0 outside of answers
+    lengths = torch.bincount(answer)
+    weights = torch.where(answer > 0, lengths[answer].float().rsqrt(), 0.0)
+    return (weights / weights.sum()).view_as(labels)

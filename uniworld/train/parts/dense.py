@@ -1,0 +1,73 @@
+"""What every point of a picture shows, learned from the states of its tokens, so that a vision tower sees things.
+
+Answers and captions say little a picture: a tower that has only them learns to see very slowly. SigLIP2 has a decoder
+that tells what stands where (Wan et al., 2024, LocCa); here the scene graph does, and a linear layer on each token's
+state reads it: of the thing at each of P x P points shape, colour, material and size, and of the whole picture its
+background, light and style. The layer is thrown away.
+
+Letters: B pictures, T tokens, one for every p x p points, D width of a state, P points along a side.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from uniworld.data.scenes import solids
+from uniworld.data.scenes.graph import BACKGROUNDS, COLOURS, LIGHTS, MATERIALS, PLAIN, SHAPES, SIZES, STYLES, Scene
+from uniworld.data.scenes.render import geometry
+
+NOTHING = 0  # the class of a point where no thing is
+OF_A_THING = {"shape": SHAPES, "colour": tuple(COLOURS), "material": MATERIALS, "size": SIZES}
+OF_A_SCENE = {"background": (*BACKGROUNDS, PLAIN), "light": LIGHTS, "style": STYLES}
+POINT_CLASSES = tuple(1 + len(names) for names in OF_A_THING.values())
+SCENE_CLASSES = tuple(len(names) for names in OF_A_SCENE.values())
+
+
+def dense_labels(scenes: Sequence[Scene], num_points: int) -> dict[str, Tensor]:
+    """points uint8 [B, P, P, 4]: classes of OF_A_THING, NOTHING where the background shows; whole uint8 [B, 3]: of
+    OF_A_SCENE. P = num_points."""
+    points = [_of_things(scene)[geometry(solids.tables(scene), num_points)[0]] for scene in scenes]
+    whole = [[names.index(getattr(scene, field)) for field, names in OF_A_SCENE.items()] for scene in scenes]
+    return {"points": torch.from_numpy(np.stack(points)), "whole": torch.tensor(whole, dtype=torch.uint8)}
+
+
+def _of_things(scene: Scene) -> np.ndarray:
+    """uint8 [1 + things, 4]: the classes of nothing, then of each thing."""
+    rows = [[1 + names.index(getattr(thing, field)) for field, names in OF_A_THING.items()] for thing in scene.things]
+    return np.array([[NOTHING] * len(OF_A_THING), *rows], np.uint8)
+
+
+class DenseHead(nn.Module):
+    """Reads `dense_labels` from states [B, T, D]; the tokens go row by row and each stands for p x p points."""
+
+    def __init__(self, dim: int, points_per_side: int):
+        super().__init__()
+        self.p = points_per_side
+        self.norm = nn.LayerNorm(dim)
+        self.points = nn.Linear(dim, self.p**2 * sum(POINT_CLASSES))
+        self.whole = nn.Linear(dim, sum(SCENE_CLASSES))
+
+    def forward(self, states: Tensor, labels: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The cross-entropy, a sum over what is read; and how often the thing at a point, where one is, is right."""
+        states = self.norm(states)
+        points = self._by_token(labels["points"])
+        found = self.points(states).unflatten(-1, (self.p**2, -1)).float().split(POINT_CLASSES, dim=-1)
+        there = points[..., 0] != NOTHING
+        loss, right = states.new_zeros((), dtype=torch.float32), {}
+        for name, logits, label in zip(OF_A_THING, found, points.unbind(-1)):
+            loss = loss + F.cross_entropy(logits.flatten(0, -2), label.flatten())
+            right[f"{name}_right"] = (logits.detach().argmax(-1) == label)[there].float().mean()
+        whole = self.whole(states.mean(1)).float().split(SCENE_CLASSES, dim=-1)
+        for name, logits, label in zip(OF_A_SCENE, whole, labels["whole"].long().unbind(-1)):
+            loss = loss + F.cross_entropy(logits, label) / len(OF_A_SCENE)
+            right[f"{name}_right"] = (logits.detach().argmax(-1) == label).float().mean()
+        return loss, right
+
+    def _by_token(self, points: Tensor) -> Tensor:
+        """uint8 [B, P, P, 4] -> int64 [B, T, p^2, 4]."""
+        B, P, _, fields = points.shape
+        cells = points.view(B, P // self.p, self.p, P // self.p, self.p, fields).transpose(2, 3)
+        return cells.reshape(B, -1, self.p**2, fields).long()
