@@ -39,12 +39,13 @@ def recipe(root: Path, configs: Path, num_items: int) -> tuple[Step, ...]:
         configs: folder with `vae.yaml` and the others, one a training.
         num_items: of the data set of stages 1 and 2.
     """
-    start, data, connectors = root / "start", root / "data", root / "stage1" / "connectors"
+    start, data, states, connectors = root / "start", root / "data", root / "states", root / "stage1" / "connectors"
 
     def config(name: str) -> tuple[str, str]:
         return str(configs / f"{name}.yaml"), f"run_dir={root / name}"
 
-    common = f"model.path={start}", f"data.sources=[{{path: {data / 'shards'}}}]"
+    model, source = f"model.path={start}", f"data.sources=[{{path: {data / 'shards'}}}]"
+    common = model, f"data.precomputed={states}", "data.sources=[]"
     parts = [
         Step(name=part, command=("train-part", *config(part), f"parts={root}", f"words={root / WORDS}"))
         for part in TRAINED_PARTS
@@ -55,6 +56,7 @@ def recipe(root: Path, configs: Path, num_items: int) -> tuple[Step, ...]:
         *parts,
         Step(name="start", function=lambda: write_start(root, start)),
         Step(name="data", command=make),
+        Step(name="states", command=("precompute", str(configs / "stage2.yaml"), model, source, "-o", str(states))),
         Step(name="stage1", command=("train", *config("stage1"), *common)),
         Step(name="connectors", command=("export", str(root / "stage1"), "--connectors-only", *taken, str(connectors))),
         Step(name="stage2", command=("train", *config("stage2"), *common, f"model.connectors={connectors}")),
