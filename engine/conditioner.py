@@ -39,6 +39,15 @@ class Conditioner:
         text = chat_text(request.prompt, len(request.images), request.history, request.system)
         return self.model.processor.encode([text], [all_images(request)])
 
+    @torch.inference_mode()
+    def warn_of_strangers(self, request: Request) -> None:
+        """Say which of the request's own pictures are not of the world that a small model knows."""
+        model = self.model
+        if model.known_world is not None and request.images:
+            self._bring("semantic_encoder")
+            states = model.semantic_encoder(model.semantic_encoder.preprocess(request.images))
+            model.known_world.warn_of_strangers(states, model.name)
+
     def tokenize_negative(self, request: Request) -> VLMInputs | None:
         """The same of the negative prompt; None without true CFG."""
         if request.true_cfg_scale == 1:

@@ -278,6 +278,7 @@ class Engine(LoraMethods):
             in_height, in_width = (first.height, first.width) if first else (1, 1)
             height, width = output_size(in_height, in_width, self.model.anchor_px)
         self.denoiser.check(request, height, width)
+        self.conditioner.warn_of_strangers(request)
         return Job(
             request=request,
             height=height,

@@ -27,8 +27,8 @@ def joint_attention(
 
     Returns: [B, S, H, Dh], dtype of q; rows past a sample's length are zero. A batch of unequal lengths equals each
     sample alone: backends without a call for unequal lengths run one call a sample (so do all, where gradients are
-    needed). The gradient is the backend's own; "triton" has none, and "cpu_bf16" leaves calls that need one to "sdpa" in
-    fp32.
+    needed). The gradient is the backend's own; "triton" has none, and "cpu_bf16" leaves calls that need one to "sdpa"
+    in fp32.
 
     Raises:
         ValueError: shapes or lengths do not fit, the backend cannot run here, or "triton" would need a gradient.

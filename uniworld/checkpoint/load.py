@@ -33,6 +33,7 @@ from uniworld.checkpoint.weights import Plan, fill, parameters_on_meta, read_hea
 from uniworld.checkpoint.widths import check_widths
 from uniworld.models.connectors import Connector
 from uniworld.models.flux import FluxTransformer
+from uniworld.models.known_world import KnownWorld
 from uniworld.models.prompts import VISION_END, VISION_START, PromptProcessor
 from uniworld.models.queries import LearnedQueries
 from uniworld.models.references import REFERENCES
@@ -173,6 +174,7 @@ def load_uniworld(
         anchor_px=settings.get("anchor_px", FULL_ANCHOR_PX),
         references=settings["references"],
         random_weights=settings.get("random_weights", False),
+        known_world=KnownWorld.load(folders.siglip),
         device=device,
         dtype=dtype,
     )

@@ -10,6 +10,7 @@ from torch import nn
 
 from uniworld.models.connectors import Connector
 from uniworld.models.flux import FluxTransformer
+from uniworld.models.known_world import KnownWorld
 from uniworld.models.prompts import PromptProcessor
 from uniworld.models.queries import LearnedQueries
 from uniworld.models.references import LatentEncoder
@@ -63,6 +64,8 @@ class UniWorld:
     """What stands for a reference picture beside its VLM states: one of `references.REFERENCES`."""
     random_weights: bool = False
     """Whether nothing was trained, so that pictures are noise."""
+    known_world: KnownWorld | None = None
+    """Of a small model: what pictures it was trained on."""
     device: torch.device
     dtype: torch.dtype
 

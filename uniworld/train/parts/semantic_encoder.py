@@ -19,12 +19,13 @@ from torch.nn import functional as F
 from uniworld.checkpoint.save import save_module, with_prefix, write_json
 from uniworld.checkpoint.tiny import STORED_DTYPE
 from uniworld.data.scenes.tasks import make_item
+from uniworld.models.known_world import KnownWorld
 from uniworld.models.siglip import SemanticEncoder
 from uniworld.models.tokenizers import load_tokenizer
 from uniworld.train.parts.config import PartConfig
 from uniworld.train.parts.dense import DenseHead, dense_labels
 from uniworld.train.parts.sizes import SIGLIP, SIGLIP_PREPROCESSOR
-from uniworld.train.parts.vae import as_pixels, psnr
+from uniworld.train.parts.vae import as_pixels, picture, psnr
 from uniworld.train.parts.words import caption, open_tokenizers
 
 TASKS = ("t2i", "edit", "understanding")
@@ -35,6 +36,7 @@ RECONSTRUCTION_WEIGHT = 2.0
 POINTS_PER_SIDE = 4  # of a patch
 FIRST_SCALE, FIRST_BIAS = 10.0, -10.0  # SigLIP's: at first nearly every pair is a no
 SCORED_AT_ONCE = 32
+KNOWN_RATIO = 16  # training pictures that the known world is made of, for every held-out one that its limit is
 
 
 class TextTower(nn.Module):
@@ -132,6 +134,19 @@ class Contrastive:
         named = ((with_prefix(name, "vision_model."), tensor) for name, tensor in tensors)
         save_module(folder, named, SIGLIP, dtype=STORED_DTYPE)
         write_json(folder / "preprocessor_config.json", SIGLIP_PREPROCESSOR)
+        num = self.config.num_checked
+        KnownWorld.of(self._states(KNOWN_RATIO * num, "train"), self._states(num, "held-out")).save(folder)
+
+    @torch.no_grad()
+    def _states(self, num: int, split: str) -> Tensor:
+        """Of pictures of all tasks, maps and styles among them [num, T, D]."""
+        found = []
+        for start in range(0, num, SCORED_AT_ONCE):
+            seeds = range(start, min(start + SCORED_AT_ONCE, num))
+            levels = np.stack([picture(seed, split, self.config.size_px) for seed in seeds])
+            pixels = as_pixels(torch.from_numpy(levels).to(self.module.bias.device))
+            found.append(self.module.vision(pixels).last_hidden_state.float().cpu())
+        return torch.cat(found)
 
     def _batch(self, seeds: range, split: str) -> dict[str, Any]:
         items = [make_item(TASKS[s % len(TASKS)], s, split, size_px=self.config.size_px) for s in seeds]

@@ -1,8 +1,8 @@
 """The vision-language model of `tiny`: questions about scenes, captions, and what an instruction is to lead to.
 
-At first its vision tower alone learns to see (`dense`): a language model that finds nothing in a picture learns to guess.
-Then answers are learned by next-token prediction; questions, instructions and pictures only condition. So that the states
-of an instruction say what is to be drawn, its "answer" here is the caption of the wanted picture.
+First its vision tower alone learns to see (`dense`): a language model that finds nothing in a picture learns to guess.
+Then answers are learned by next-token prediction; questions, instructions and pictures only condition. So that the
+states of an instruction say what is to be drawn, its "answer" here is the caption of the wanted picture.
 
 Letters: B conversations, L tokens of the longest, V vocabulary, n tokens of answers.
 """
