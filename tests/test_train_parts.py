@@ -384,9 +384,10 @@ def test_the_semantic_encoder_learns_which_caption_is_whose(words, tmp_path):
     assert logged[0]["found"] < 0.6 and logged[-1]["found"] == 1, logged[-1]
     assert logged[-1]["psnr_db"] > logged[0]["psnr_db"] + 3
     assert logged[-1]["background_right"] == 1 and logged[-1]["style_right"] == 1, logged[-1]
+    assert logged[-1]["place_right"] > 2 * logged[0]["place_right"], logged[-1]
     scores = part.score()
     assert scores["found"] < 0.5  # of pictures it has not seen: 1 of 32 by chance
-    assert set(scores) == {"found", "psnr_db", *(f"{name}_right" for name in (*dense.OF_A_THING, *dense.OF_A_SCENE))}
+    assert set(scores) == {"found", "psnr_db", "place_right", *(f"{name}_right" for name in (*dense.OF_A_THING, *dense.OF_A_SCENE))}
     part.export(tmp_path)
     settings = [json.loads((tmp_path / name).read_text()) for name in ("config.json", "preprocessor_config.json")]
     encoder = SemanticEncoder.from_config(*settings)

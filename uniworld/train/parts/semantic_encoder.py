@@ -2,8 +2,9 @@
 
 The loss is SigLIP's (Zhai et al., 2023, equation 1): every pair of picture and caption in the batch is a yes-or-no
 question. SigLIP2 adds losses on single patches, so that its states hold detail; here each patch's state must give back
-its pixels at half resolution, and say what its points show (`dense`), through one linear layer each. The text tower and
-those layers are thrown away.
+its pixels at half resolution, what its points show (`dense`), and which patch it is, through one linear layer each: the
+DiT gives these states no positions, and has to find a patch's pixels again. The text tower and those layers are thrown
+away.
 
 Letters: B pictures, T patches of one, L tokens of a caption, D width, E width of the common space, V vocabulary.
 """
@@ -32,7 +33,7 @@ TASKS = ("t2i", "edit", "understanding")
 EMBEDDING = 128
 MAX_TOKENS = 96
 TEXT_LAYERS, TEXT_HEADS = 2, 4
-RECONSTRUCTION_WEIGHT = 2.0
+RECONSTRUCTION_WEIGHT, PLACE_WEIGHT = 2.0, 0.5
 POINTS_PER_SIDE = 4  # of a patch
 FIRST_SCALE, FIRST_BIAS = 10.0, -10.0  # SigLIP's: at first nearly every pair is a no
 SCORED_AT_ONCE = 32
@@ -68,6 +69,7 @@ class TwoTowers(nn.Module):
         self.project = nn.Linear(dim, EMBEDDING)
         self.pixels = nn.Linear(dim, 3 * (patch // 2) ** 2)
         self.dense = DenseHead(dim, POINTS_PER_SIDE)
+        self.place = nn.Linear(dim, (SIGLIP["image_size"] // patch) ** 2)
         self.log_scale = nn.Parameter(torch.tensor(FIRST_SCALE).log())
         self.bias = nn.Parameter(torch.tensor(FIRST_BIAS))
 
@@ -109,7 +111,8 @@ class Contrastive:
         found = (logits.argmax(1) == torch.arange(len(logits), device=logits.device)).float().mean()
         dense, right = module.dense(states, batch)
         more = {"contrastive": contrastive.detach(), "psnr_db": psnr(squared.detach()), "found": found, **right}
-        return contrastive + RECONSTRUCTION_WEIGHT * squared + dense, more
+        place, more["place_right"] = self._read_places(states)
+        return contrastive + RECONSTRUCTION_WEIGHT * squared + dense + PLACE_WEIGHT * place, more
 
     @torch.no_grad()
     def score(self) -> dict[str, float]:
@@ -124,7 +127,7 @@ class Contrastive:
             nearest = self._logits(states, batch).argmax(1).cpu()
             found.append((nearest == torch.arange(SCORED_AT_ONCE)).float().mean())
             squares.append((self.module.pixels(states) - patches(pixels)).square().mean())
-            rights.append(self.module.dense(states, batch)[1])
+            rights.append(self.module.dense(states, batch)[1] | {"place_right": self._read_places(states)[1]})
         read = {name: float(torch.stack([right[name] for right in rights]).mean()) for name in rights[0]}
         return {"found": float(torch.stack(found).mean()), "psnr_db": float(psnr(torch.stack(squares).mean())), **read}
 
@@ -147,6 +150,12 @@ class Contrastive:
             pixels = as_pixels(torch.from_numpy(levels).to(self.module.bias.device))
             found.append(self.module.vision(pixels).last_hidden_state.float().cpu())
         return torch.cat(found)
+
+    def _read_places(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """The cross-entropy of which patch a state is of, and how often that is right."""
+        logits = self.module.place(states).float().flatten(0, 1)
+        places = torch.arange(states.shape[1], device=states.device).repeat(len(states))
+        return F.cross_entropy(logits, places), (logits.detach().argmax(-1) == places).float().mean()
 
     def _batch(self, seeds: range, split: str) -> dict[str, Any]:
         items = [make_item(TASKS[s % len(TASKS)], s, split, size_px=self.config.size_px) for s in seeds]
