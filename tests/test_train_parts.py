@@ -239,13 +239,16 @@ def test_what_is_seen_is_read_point_by_point():
     items = [make_item("understanding", seed, size_px=64) for seed in (0, 3)]
     labels = dense.dense_labels([item.scenes[0] for item in items], 16)
     assert labels["points"].shape == (2, 16, 16, 4) and labels["whole"].shape == (2, 3)
-    for item, points, whole in zip(items, labels["points"], labels["whole"]):
+    for item, points, whole, surface in zip(items, labels["points"], labels["whole"], labels["surface"]):
         scene = item.scenes[0]
         ids = render(scene, 16).ids
         for y, x in np.ndindex(16, 16):
             thing = scene.things[ids[y, x] - 1] if ids[y, x] else None
             names = [None if thing is None else getattr(thing, name) for name in dense.OF_A_THING]
             assert [([None] + list(of))[n] for of, n in zip(dense.OF_A_THING.values(), points[y, x])] == names
+        rendered = render(scene, 16)
+        assert np.array_equal(surface[..., :3], rendered.normal)
+        assert np.allclose(surface[..., 3] * dense.DEPTH_SPREAD + dense.MIDDLE_DEPTH, rendered.depth, atol=1e-4)
         assert [of[n] for of, n in zip(dense.OF_A_SCENE.values(), whole)] == [
             scene.background,
             scene.light,
@@ -253,7 +256,7 @@ def test_what_is_seen_is_read_point_by_point():
         ]
     by_token = dense.DenseHead(8, 4)._by_token(labels["points"])
     assert by_token.shape == (2, 16, 16, 4)  # 4 x 4 tokens, each of 4 x 4 points
-    assert torch.equal(by_token[1, 6].view(4, 4, 4), labels["points"][1, 4:8, 8:12].long())  # row 1, column 2
+    assert torch.equal(by_token[1, 6].view(4, 4, 4), labels["points"][1, 4:8, 8:12])  # row 1, column 2
 
 
 def test_a_layer_that_knows_reads_everything_rightly():
@@ -262,16 +265,21 @@ def test_a_layer_that_knows_reads_everything_rightly():
     labels = dense.dense_labels(scenes, 4)
     torch.manual_seed(0)
     states, head = nn.Parameter(torch.randn(3, 4, 64)), dense.DenseHead(64, 2)
+    for parameter in head.parameters():
+        nn.init.zeros_(parameter)
+    nn.init.ones_(head.norm.weight)
     first, _ = head(states, labels)
     by_hand = sum(math.log(n) for n in dense.POINT_CLASSES) + np.mean([math.log(n) for n in dense.SCENE_CLASSES])
-    assert float(first.detach()) == pytest.approx(by_hand, rel=0.1)
+    by_hand += float(labels["surface"].square().sum(-1).mean())
+    assert float(first.detach()) == pytest.approx(by_hand, rel=1e-5)
     optimizer = torch.optim.AdamW([states, *head.parameters()], lr=0.03)
     for _ in range(80):
         loss, right = head(states, labels)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert float(loss.detach()) < 0.05 * float(first.detach()) and min(map(float, right.values())) == 1, right
+    assert float(loss.detach()) < 0.05 * float(first.detach()) and right.pop("surface_error") < 0.1, right
+    assert min(map(float, right.values())) == 1, right
 
 
 def test_a_short_answer_counts_nearly_as_much_as_a_caption():
@@ -387,7 +395,9 @@ def test_the_semantic_encoder_learns_which_caption_is_whose(words, tmp_path):
     assert logged[-1]["place_right"] > 2 * logged[0]["place_right"], logged[-1]
     scores = part.score()
     assert scores["found"] < 0.5  # of pictures it has not seen: 1 of 32 by chance
-    assert set(scores) == {"found", "psnr_db", "place_right", *(f"{name}_right" for name in (*dense.OF_A_THING, *dense.OF_A_SCENE))}
+    assert set(scores) == {"found", "psnr_db", "place_right", "surface_error"} | {
+        f"{name}_right" for name in (*dense.OF_A_THING, *dense.OF_A_SCENE)
+    }
     part.export(tmp_path)
     settings = [json.loads((tmp_path / name).read_text()) for name in ("config.json", "preprocessor_config.json")]
     encoder = SemanticEncoder.from_config(*settings)
@@ -488,7 +498,7 @@ def test_latents_are_those_of_the_autoencoder_and_are_made_once(words, parts, tm
     part = make_part(config)
     batch = part.make(range(4, 8))  # items 4, 5, and 0, 1 again
     labels = dense.dense_labels([make_item(base.TASKS[n], n).scenes[-1] for n in (4, 5, 0, 1)], 16)
-    assert all(torch.equal(batch[name], labels[name].long()) for name in labels)
+    assert all(torch.equal(batch[name], labels[name].long()) for name in ("points", "whole"))
     vae = ImageAutoencoder.from_config(json.loads((parts / "vae" / "model" / "config.json").read_text()))
     vae.model.load_state_dict(load_file(parts / "vae" / "model" / "diffusion_pytorch_model.safetensors"))
     pictures = [make_item(base.TASKS[n], n).pictures[-1] for n in (4, 5, 0, 1)]

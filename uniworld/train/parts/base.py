@@ -60,7 +60,7 @@ class BaseModel(nn.Module):
         super().__init__()
         self.denoiser = FluxTransformer(FluxConfig.from_dict(DENOISER))
         self.clip, self.t5 = text.clip.requires_grad_(True), text.t5.requires_grad_(True)
-        self.dense = DenseHead(self.denoiser.config.dim, POINTS_PER_SIDE)
+        self.dense = DenseHead(self.denoiser.config.dim, POINTS_PER_SIDE, reads_surface=False)
         start_as_identity(self.denoiser)
 
 

@@ -107,7 +107,7 @@ class VisionLanguage:
         self._seen = getattr(output, "pooler_output", output)
 
     def _read_seen(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, float | Tensor]]:
-        labels = {name: batch[name].to(self.vlm.device) for name in ("points", "whole")}
+        labels = {name: batch[name].to(self.vlm.device) for name in ("points", "whole", "surface")}
         states = self._seen.unflatten(0, (len(labels["whole"]), -1))
         return self.module["dense"](states, labels)
 
