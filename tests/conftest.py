@@ -9,9 +9,20 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+MAX_WORKERS = 8
+if "PYTEST_XDIST_WORKER" in os.environ:  # processes share the cores: one thread in each, and in what it starts
+    os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+    torch.set_num_threads(1)
+else:
+    torch.set_num_threads(min(2, os.cpu_count() or 1))
 
 SLOW_TIMEOUT_S = 1200  # a fixture with many runs counts for the first test that uses it
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config):
+    """What `-n auto` means: a process a core, hyperthreads too; none beside this one where there is a GPU to share."""
+    return 0 if torch.cuda.is_available() else min(MAX_WORKERS, len(os.sched_getaffinity(0)))
 
 
 def pytest_collection_modifyitems(items):

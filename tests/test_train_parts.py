@@ -20,6 +20,7 @@ from torch import nn
 from uniworld.checkpoint.names import VLM, authors_names
 from uniworld.config import CheckpointConfig, EMAConfig, OptimConfig
 from uniworld.data.scenes import edits
+from uniworld.data.scenes.graph import COLOURS, SHAPES
 from uniworld.data.scenes.render import render
 from uniworld.data.scenes.tasks import make_item
 from uniworld.engine import Engine
@@ -254,7 +255,7 @@ def test_what_is_seen_is_read_point_by_point():
             scene.light,
             scene.style,
         ]
-    by_token = dense.DenseHead(8, 4)._by_token(labels["points"])
+    by_token = dense.DenseHead(8, 4).by_token(labels["points"])
     assert by_token.shape == (2, 16, 16, 4)  # 4 x 4 tokens, each of 4 x 4 points
     assert torch.equal(by_token[1, 6].view(4, 4, 4), labels["points"][1, 4:8, 8:12])  # row 1, column 2
 
@@ -474,7 +475,8 @@ def test_the_base_learns_and_diffusers_reads_it(words, parts, tmp_path):
     noise = torch.randn(2, 16, 16, 16, generator=torch.Generator().manual_seed(0))
     sigma, guidance, without = torch.rand(2), torch.full((2,), 2.0), torch.tensor([False, True])
     with torch.no_grad():
-        ours, _ = part._predict(batch, torch.zeros_like(noise), noise, sigma, guidance, without)
+        states, pooled = part._condition(batch, without, torch.zeros_like(without))
+        ours, _ = part._predict(states, pooled, torch.zeros_like(noise), noise, sigma, guidance)
         noisy = (noise * sigma[:, None, None, None]).view(2, 16, 8, 2, 8, 2)
         packed = noisy.permute(0, 2, 4, 1, 3, 5).reshape(2, 64, 64)
         pooled = clip(batch["clip_ids"]).pooler_output
@@ -493,12 +495,66 @@ def test_the_base_learns_and_diffusers_reads_it(words, parts, tmp_path):
     assert {path.name for path in (tmp_path / "model").iterdir()} >= {"vae", "tokenizer", "tokenizer_2", "scheduler"}
 
 
+def test_guidance_is_learned_from_the_model_itself(words, parts, tmp_path):
+    """The target moves by (1 - 1/g) of what words change, but not where there are none; "" is what they are against."""
+    part = make_part(part_config("base", tmp_path, words, parts, "plain_items=4", "dtype=fp32"))
+    for parameter in part.module.parameters():  # or nothing heeds the words: every block starts at zero
+        parameter.data += 0.02 * torch.randn(
+            parameter.shape, generator=torch.Generator().manual_seed(parameter.numel())
+        )
+    plain, batch = part.make(range(4)), part.make(range(4, 8))
+    assert (bool(plain["guided"]), bool(batch["guided"])) == (False, True)
+    calls, predict = [], part._predict
+
+    def recorded(states, pooled, latents, noise, sigma, guidance):
+        found = predict(states, pooled, latents, noise, sigma, guidance)
+        calls.append((states, pooled, guidance, *found))
+        return found
+
+    with mock.patch.object(part, "_predict", recorded), mock.patch.object(base, "NO_TEXT_RATE", 0.5):
+        _, more = part.loss(batch, torch.Generator().manual_seed(1))
+        part.loss(plain, torch.Generator().manual_seed(1))
+    (states, _, guidance, pred, target), (nothing, empty_pooled, ones, alone, _), last = calls
+    assert len(calls) == 3 and last[0] is not states  # the plain batch takes one pass
+    empty = part.text.t5_states([""])
+    assert torch.allclose(nothing, empty.expand_as(nothing), atol=1e-5) and (ones == 1).all()
+    assert torch.allclose(empty_pooled, part.text.pooled([""]).expand_as(empty_pooled), atol=1e-5)
+    silent = torch.tensor([torch.allclose(state, empty[0], atol=1e-5) for state in states])
+    assert silent.any() and not silent.all() and guidance.min() >= 1 and guidance.max() <= 5
+    by_hand = []
+    for row in range(4):
+        share = 0 if silent[row] else 1 - 1 / float(guidance[row])
+        wanted = target[row].double() + share * (pred[row] - alone[row]).double()
+        by_hand.append((pred[row].double() - wanted).square().mean())
+    assert float(more["flow"]) == pytest.approx(float(torch.stack(by_hand).mean().detach()), rel=1e-4)
+    assert not torch.allclose(pred[~silent], alone[~silent], atol=1e-3)
+
+
+def test_what_a_text_speaks_of_is_counted():
+    scenes = [make_item("understanding", seed, size_px=64).scenes[0] for seed in range(12)]
+    for scene, row in zip(scenes, dense.said_labels(scenes)):
+        for number, count in enumerate(row.tolist()):
+            shape, colour = SHAPES[number // len(COLOURS)], tuple(COLOURS)[number % len(COLOURS)]
+            there = sum((thing.shape, thing.colour) == (shape, colour) for thing in scene.things)
+            assert count == min(there, dense.MAX_SAID)
+    said, background = dense.said_labels(scenes), torch.arange(12) % 9
+    head, states = dense.SaidHead(32), nn.Parameter(torch.randn(12, 5, 32))
+    optimizer = torch.optim.AdamW([states, *head.parameters()], lr=0.05)
+    for _ in range(80):
+        loss, found = head(states, said, background)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert float(loss.detach()) < 0.5 and float(found) == 1
+
+
 def test_latents_are_those_of_the_autoencoder_and_are_made_once(words, parts, tmp_path):
     config = part_config("base", tmp_path, words, parts, "num_items=6")
     part = make_part(config)
     batch = part.make(range(4, 8))  # items 4, 5, and 0, 1 again
     labels = dense.dense_labels([make_item(base.TASKS[n], n).scenes[-1] for n in (4, 5, 0, 1)], 16)
     assert all(torch.equal(batch[name], labels[name].long()) for name in ("points", "whole"))
+    assert torch.equal(batch["said"], dense.said_labels([make_item(base.TASKS[n], n).scenes[-1] for n in (4, 5, 0, 1)]))
     vae = ImageAutoencoder.from_config(json.loads((parts / "vae" / "model" / "config.json").read_text()))
     vae.model.load_state_dict(load_file(parts / "vae" / "model" / "diffusion_pytorch_model.safetensors"))
     pictures = [make_item(base.TASKS[n], n).pictures[-1] for n in (4, 5, 0, 1)]

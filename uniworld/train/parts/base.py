@@ -1,9 +1,13 @@
 """The base DiT of `tiny` with its text encoders, trained together from text to image.
 
 What FLUX.1 brings to UniWorld: a DiT that draws what T5's states say. The noise levels and the loss are those of the
-later stages. The guidance embedding is drawn at random, since nothing is distilled here: the DiT learns that any value
-means the same. In the middle of its depth it must also know what will stand where (`dense`): a DiT that has to agree
-with a representation learns many times faster (Yu et al., 2025, REPA), and here the scene graph is at hand.
+later stages. In the middle of its depth the DiT must also know what will stand where (`dense`): one that has to agree
+with a representation learns many times faster (Yu et al., 2025, REPA), and here the scene graph is at hand. And what a
+text speaks of must be read from T5's states and the pooled text, or colours and numbers, a few pixels, are not heeded.
+
+Guidance, as FLUX.1-dev has it distilled, is learned from the model itself (Tang et al., 2025, "Diffusion Models without
+Classifier-free Guidance"), once pictures are drawn: with v(g) the velocity at guidance g and v_0 that without words,
+the target v becomes v + (1 - 1/g) (v(g) - v_0), whose fixed point is v_0 + g (v(1) - v_0).
 
 Letters: B pictures, T tokens of a prompt, P width of the pooled text.
 """
@@ -22,6 +26,7 @@ from uniworld.checkpoint.save import save_module, with_prefix, write_json
 from uniworld.checkpoint.tiny import STORED_DTYPE
 from uniworld.checkpoint.tiny_configs import MODEL_INDEX, SCHEDULER, clip_config
 from uniworld.config import FlowConfig
+from uniworld.data.scenes.graph import COLOURS, SHAPES
 from uniworld.data.scenes.make import VERSION
 from uniworld.data.scenes.tasks import Item, make_item
 from uniworld.kernels.flow_noise import flow_noise
@@ -34,7 +39,7 @@ from uniworld.models.tokenizers import load_tokenizer
 from uniworld.models.vae import to_pil
 from uniworld.train.noise import draw_sigma
 from uniworld.train.parts.config import PartConfig
-from uniworld.train.parts.dense import OF_A_SCENE, OF_A_THING, DenseHead, dense_labels
+from uniworld.train.parts.dense import OF_A_SCENE, OF_A_THING, DenseHead, SaidHead, dense_labels, said_labels
 from uniworld.train.parts.latents import LatentCache, file_mark
 from uniworld.train.parts.sizes import DENOISER, VAE, t5_config
 from uniworld.train.parts.vae import DIFFUSERS_STEM, as_pixels, load_vae
@@ -45,12 +50,15 @@ TASKS = ("t2i", "edit", "t2i", "perceive", "t2i", "edit", "t2i", "understanding"
 FLOW = FlowConfig()
 GUIDANCE = (1.0, 5.0)
 NO_POOLED_RATE = 0.5  # of prompts whose pooled embedding is that of "", as the later stages have it
+NO_TEXT_RATE = 0.1  # of pictures that are drawn without any words
+SAID_WEIGHT = 0.05
+THING_WEIGHT = 3.0  # of the velocity's error where a thing is, in multiples of that elsewhere
 POINTS_PER_SIDE = 2  # of a token: one for each latent
 DENSE_WEIGHT = 0.2
 DENSE_BLOCK = 2  # the single block before which the states are read
 SCORED_AT_ONCE = 32
 SCORED_SIGMAS = (0.2, 0.5, 0.8)
-NUM_SAMPLES, SAMPLE_STEPS = 16, 28
+NUM_SAMPLES, SAMPLE_STEPS, DRAWN_GUIDANCE = 16, 28, 3.5
 
 
 class BaseModel(nn.Module):
@@ -60,6 +68,7 @@ class BaseModel(nn.Module):
         super().__init__()
         self.denoiser = FluxTransformer(FluxConfig.from_dict(DENOISER))
         self.clip, self.t5 = text.clip.requires_grad_(True), text.t5.requires_grad_(True)
+        self.said = nn.ModuleList([SaidHead(self.t5.config.d_model), SaidHead(self.clip.config.hidden_size)])
         self.dense = DenseHead(self.denoiser.config.dim, POINTS_PER_SIDE, reads_surface=False)
         start_as_identity(self.denoiser)
 
@@ -99,7 +108,8 @@ class TextToImage:
         if self._cache is None:  # in the process that makes batches: open files do not travel
             self._cache = self._open_cache()
         moments, numbers = self._cache[[seed % self.config.num_items for seed in seeds]]
-        return self._as_batch(torch.from_numpy(moments), torch.from_numpy(numbers))
+        batch = self._as_batch(torch.from_numpy(moments), torch.from_numpy(numbers))
+        return batch | {"guided": torch.tensor(seeds.start >= self.config.plain_items)}
 
     def loss(self, batch: dict[str, Tensor], generator: torch.Generator) -> tuple[Tensor, dict[str, float | Tensor]]:
         B, device = len(batch["mean"]), self._device
@@ -108,12 +118,36 @@ class TextToImage:
         noise = torch.randn(latents.shape, generator=generator).to(device)
         low, high = GUIDANCE
         guidance = (low + (high - low) * torch.rand(B, generator=generator)).to(device)
-        without = (torch.rand(B, generator=generator) < NO_POOLED_RATE).to(device)
-        pred, target = self._predict(batch, latents, noise, sigma, guidance, without)
-        flow = (pred.float() - target).square().mean()
-        labels = {name: batch[name].to(device) for name in ("points", "whole")}
+        without, silent = (
+            (torch.rand(B, generator=generator) < rate).to(device) for rate in (NO_POOLED_RATE, NO_TEXT_RATE)
+        )
+        labels = {name: batch[name].to(device) for name in ("points", "whole", "said")}
+        states, pooled = self._condition(batch, without | silent, silent)
+        pred, target = self._predict(states, pooled, latents, noise, sigma, guidance)
         dense, read = self.module.dense(self._states[:, : pred.shape[1]], labels)
-        return flow + DENSE_WEIGHT * dense, {"flow": flow.detach(), **read}
+        if batch["guided"]:
+            every = torch.ones_like(silent)
+            with torch.no_grad():
+                nothing = self._condition(batch, every, every)
+                alone, _ = self._predict(*nothing, latents, noise, sigma, torch.ones_like(guidance))
+            share = torch.where(silent, 0.0, 1 - 1 / guidance)[:, None, None]
+            target = target + share * (pred.detach() - alone).float()
+        squared = (pred.float() - target).square().mean(-1)
+        weights = 1 + (THING_WEIGHT - 1) * self.module.dense.by_token(labels["points"])[..., 0].any(-1)
+        said, found = self._read_said(states, pooled, labels, silent, without | silent)
+        loss = (weights * squared).sum() / weights.sum() + DENSE_WEIGHT * dense + SAID_WEIGHT * said
+        return loss, {"flow": squared.detach().mean(), "said": said.detach(), "said_right": found, **read}
+
+    def _read_said(
+        self, states: Tensor, pooled: Tensor, labels: dict[str, Tensor], silent: Tensor, without: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """What is read from T5's states and from the pooled text, where there are words: loss, share that T5's tell."""
+        of_t5, of_clip = self.module.said
+        said, background = labels["said"], labels["whole"][:, 0]
+        if silent.all() or without.all():
+            return states.new_zeros((), dtype=torch.float32), states.new_zeros(())
+        loss, found = of_t5(states[~silent], said[~silent], background[~silent])
+        return loss + of_clip(pooled[~without][:, None], said[~without], background[~without])[0], found
 
     @torch.no_grad()
     def score(self) -> dict[str, float]:
@@ -128,7 +162,7 @@ class TextToImage:
                 noise = torch.randn(latents.shape, generator=generator).to(self._device)
                 levels = torch.full((len(latents),), sigma, device=self._device)
                 ones, none = torch.ones_like(levels), torch.zeros_like(levels, dtype=torch.bool)
-                pred, target = self._predict(batch, latents, noise, levels, ones, none)
+                pred, target = self._predict(*self._condition(batch, none, none), latents, noise, levels, ones)
                 found[f"loss_at_{sigma}"].append(float((pred.float() - target).square().mean()))
         self._save_samples(Path(self.config.run_dir) / "samples.png")
         return {name: float(np.mean(values)) for name, values in found.items()}
@@ -168,9 +202,10 @@ class TextToImage:
         return self.t5_tokenizer.model_max_length, self.clip_tokenizer.model_max_length
 
     @property
-    def _numbers(self) -> tuple[int, int, int, int]:
-        """How many of T5's ids, of CLIP's, and of labels of points and of the whole."""
-        return *self._lengths, self._points_per_side**2 * len(OF_A_THING), len(OF_A_SCENE)
+    def _numbers(self) -> tuple[int, ...]:
+        """How many of T5's ids, of CLIP's, and of labels of points, of the whole, and of what is said."""
+        points = self._points_per_side**2 * len(OF_A_THING)
+        return *self._lengths, points, len(OF_A_SCENE), len(SHAPES) * len(COLOURS)
 
     @property
     def _points_per_side(self) -> int:
@@ -187,15 +222,17 @@ class TextToImage:
         moments = torch.stack([(mean - self.vae.shift) * self.vae.scale, std * self.vae.scale], dim=1)
         tokenizers = self.t5_tokenizer, self.clip_tokenizer
         ids = [token_ids(tokenizer, said, length) for tokenizer, length in zip(tokenizers, self._lengths)]
-        dense = dense_labels([item.scenes[-1] for item in items], self._points_per_side)
-        numbers = torch.cat([*ids, dense["points"].flatten(1), dense["whole"]], dim=1)
+        scenes = [item.scenes[-1] for item in items]
+        dense = dense_labels(scenes, self._points_per_side)
+        numbers = torch.cat([*ids, dense["points"].flatten(1), dense["whole"], said_labels(scenes)], dim=1)
         return moments.half().numpy(), numbers.short().numpy()
 
     def _as_batch(self, moments: Tensor, numbers: Tensor) -> dict[str, Tensor]:
         mean, std = moments.float().unbind(1)
-        t5_ids, clip_ids, points, whole = numbers.long().split(self._numbers, dim=1)
+        t5_ids, clip_ids, points, whole, said = numbers.long().split(self._numbers, dim=1)
         points = points.view(len(points), self._points_per_side, self._points_per_side, len(OF_A_THING))
-        return {"mean": mean, "std": std, "t5_ids": t5_ids, "clip_ids": clip_ids, "points": points, "whole": whole}
+        labels = {"points": points, "whole": whole, "said": said}
+        return {"mean": mean, "std": std, "t5_ids": t5_ids, "clip_ids": clip_ids, **labels}
 
     def _keep_states(self, block: nn.Module, inputs: tuple) -> None:
         """Normalized states of the joint sequence [B, S, D], the picture's tokens first."""
@@ -206,18 +243,22 @@ class TextToImage:
         noise = torch.randn(batch["mean"].shape, generator=generator)
         return (batch["mean"] + batch["std"] * noise).to(self._device)
 
-    def _condition(self, batch: dict[str, Tensor], without: Tensor) -> tuple[Tensor, Tensor]:
-        """T5's states [B, T, D] and the pooled text [B, P], that of "" where `without` [B] is true."""
-        empty = token_ids(self.clip_tokenizer, [""], self._lengths[1]).to(self._device)
-        ids = torch.where(without[:, None], empty, batch["clip_ids"].to(self._device))
-        return self.module.t5(batch["t5_ids"].to(self._device)).last_hidden_state, self.module.clip(ids).pooler_output
+    def _condition(self, batch: dict[str, Tensor], without: Tensor, silent: Tensor) -> tuple[Tensor, Tensor]:
+        """T5's states [B, T, D] and the pooled text [B, P]: those of "" where `silent` and `without` [B] are true."""
+        device, tokenizers = self._device, (self.t5_tokenizer, self.clip_tokenizer)
+        t5_ids, clip_ids = (
+            torch.where(empty[:, None], token_ids(tokenizer, [""], length).to(device), batch[name].to(device))
+            for tokenizer, length, name, empty in zip(
+                tokenizers, self._lengths, ("t5_ids", "clip_ids"), (silent, without)
+            )
+        )
+        return self.module.t5(t5_ids).last_hidden_state, self.module.clip(clip_ids).pooler_output
 
     def _predict(
-        self, batch: dict[str, Tensor], latents: Tensor, noise: Tensor, sigma: Tensor, guidance: Tensor, without: Tensor
+        self, states: Tensor, pooled: Tensor, latents: Tensor, noise: Tensor, sigma: Tensor, guidance: Tensor
     ) -> tuple[Tensor, Tensor]:
         """The DiT's velocity and its target, both packed."""
         noisy, target = flow_noise(latents, noise, sigma, dtype=self.module.denoiser.proj_out.weight.dtype)
-        states, pooled = self._condition(batch, without)
         ids = image_ids(self.config.size_px, self.config.size_px, latents.device)
         return self.module.denoiser(noisy, states, pooled, sigma, guidance, ids), target
 
@@ -241,8 +282,9 @@ class TextToImage:
         latents, ids = latents.to(device), image_ids(size, size, device)
         levels = sigmas(SAMPLE_STEPS, latents.shape[1]).to(device)
         ones = torch.ones(len(prompts), device=device)
+        guidance = DRAWN_GUIDANCE * ones
         for step, change in enumerate(levels.diff()):
-            velocity = denoiser(latents, states, pooled, levels[step] * ones, ones, ids)
+            velocity = denoiser(latents, states, pooled, levels[step] * ones, guidance, ids)
             latents = flow_step(latents, velocity, change[None])
         return unpack(latents, size, size)
 

@@ -36,6 +36,8 @@ class PartConfig:
     """Of part base: items that are trained on again and again, from latents that are kept in `run_dir` (19 KB each)."""
     look_items: int = 0
     """Of part vlm: items from whose pictures the vision tower alone learns, before conversations are learned."""
+    plain_items: int = 0
+    """Of part base: items after which guidance is learned."""
     num_workers: int | None = None
     """Processes that draw scenes; 0 draws in the training process, null takes most CPUs where there are 3 or more."""
     num_checked: int = 256

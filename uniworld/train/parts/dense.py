@@ -25,6 +25,7 @@ OF_A_THING = {"shape": SHAPES, "colour": tuple(COLOURS), "material": MATERIALS, 
 OF_A_SCENE = {"background": (*BACKGROUNDS, PLAIN), "light": LIGHTS, "style": STYLES}
 POINT_CLASSES = tuple(1 + len(names) for names in OF_A_THING.values())
 SCENE_CLASSES = tuple(len(names) for names in OF_A_SCENE.values())
+MAX_SAID, RARELY = 3, -5.0  # a logit: most of the pairs are not there
 MIDDLE_DEPTH, DEPTH_SPREAD = 9.2, 1.8  # world units: brings depths to about mean 0 and deviation 1
 
 
@@ -45,6 +46,36 @@ def dense_labels(scenes: Sequence[Scene], num_points: int) -> dict[str, Tensor]:
         "whole": torch.tensor(whole, dtype=torch.uint8),
         "surface": torch.from_numpy(np.stack(surface).astype(np.float32)),
     }
+
+
+def said_labels(scenes: Sequence[Scene]) -> Tensor:
+    """uint8 [B, shapes x colours]: how many things of each shape and colour there are, MAX_SAID at most."""
+    labels = torch.zeros(len(scenes), len(SHAPES) * len(COLOURS), dtype=torch.uint8)
+    for row, scene in zip(labels, scenes):
+        for thing in scene.things:
+            row[SHAPES.index(thing.shape) * len(COLOURS) + tuple(COLOURS).index(thing.colour)] += 1
+    return labels.clamp(max=MAX_SAID)
+
+
+class SaidHead(nn.Module):
+    """Reads from the mean of a text's states [B, T, D] what it speaks of: `said_labels` and the background."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.things = nn.Linear(dim, len(SHAPES) * len(COLOURS) * MAX_SAID)
+        nn.init.constant_(self.things.bias, RARELY)
+        self.background = nn.Linear(dim, len(OF_A_SCENE["background"]))
+
+    def forward(self, states: Tensor, said: Tensor, background: Tensor) -> tuple[Tensor, Tensor]:
+        """The cross-entropies of whether there are at least 1, 2, ... of each thing, and of the background [B]; and of
+        what is there how much is found, both with probability 1/2 or more."""
+        mean = self.norm(states.mean(1))
+        logits = self.things(mean).unflatten(-1, (-1, MAX_SAID)).float()
+        there = said[..., None] > torch.arange(MAX_SAID, device=said.device)
+        loss = F.binary_cross_entropy_with_logits(logits, there.float(), reduction="none").sum((1, 2)).mean()
+        loss = loss + F.cross_entropy(self.background(mean).float(), background)
+        return loss, (logits.detach() > 0)[there].float().mean()
 
 
 def _of_things(scene: Scene) -> np.ndarray:
@@ -71,7 +102,7 @@ class DenseHead(nn.Module):
         """The loss, a sum over what is read: cross-entropy, and the surface's squared error. And what to log: how often
         the thing at a point, where one is, is read rightly."""
         states = self.norm(states)
-        points = self._by_token(labels["points"]).long()
+        points = self.by_token(labels["points"]).long()
         found = self.points(states).unflatten(-1, (self.p**2, -1)).float().split(POINT_CLASSES, dim=-1)
         there = points[..., 0] != NOTHING
         loss, right = states.new_zeros((), dtype=torch.float32), {}
@@ -80,7 +111,7 @@ class DenseHead(nn.Module):
             right[f"{name}_right"] = (logits.detach().argmax(-1) == label)[there].float().mean()
         if self.surface is not None:
             found_surface = self.surface(states).unflatten(-1, (self.p**2, -1)).float()
-            squared = (found_surface - self._by_token(labels["surface"])).square()
+            squared = (found_surface - self.by_token(labels["surface"])).square()
             loss, right["surface_error"] = loss + squared.sum(-1).mean(), squared.detach().sum(-1)[there].mean()
         whole = self.whole(states.mean(1)).float().split(SCENE_CLASSES, dim=-1)
         for name, logits, label in zip(OF_A_SCENE, whole, labels["whole"].long().unbind(-1)):
@@ -88,7 +119,7 @@ class DenseHead(nn.Module):
             right[f"{name}_right"] = (logits.detach().argmax(-1) == label).float().mean()
         return loss, right
 
-    def _by_token(self, points: Tensor) -> Tensor:
+    def by_token(self, points: Tensor) -> Tensor:
         """[B, P, P, 4] -> [B, T, p^2, 4]."""
         B, P, _, fields = points.shape
         cells = points.view(B, P // self.p, self.p, P // self.p, self.p, fields).transpose(2, 3)
