@@ -52,6 +52,27 @@ def report_count(request):
 
 
 @pytest.fixture
+def report_missing(request):
+    """`report_missing(bench, case, side, dtype, why)`: a row that says why a side was not measured here."""
+
+    def keep(bench: str, case: str, side: str, dtype: torch.dtype, why: str) -> None:
+        row = {"bench": bench, "case": case, "side": side, "dtype": str(dtype).removeprefix("torch.")}
+        rows.write(rows_folder(request.config), row | {"missing": why} | rows.stamp(KIND))
+
+    return keep
+
+
+@pytest.fixture
+def written(request):
+    """`written(bench, case, dtype)`: the sides of a case whose rows, of this commit and device, are there already."""
+
+    def sides(bench: str, case: str, dtype: torch.dtype) -> set[str]:
+        return rows.sides_written(rows_folder(request.config), bench, case, str(dtype).removeprefix("torch."), KIND)
+
+    return sides
+
+
+@pytest.fixture
 def report(request, benchmark):
     """`report(bench, case, side, dtype, samples, **more)`: show a measurement, and keep it as a row where asked.
 

@@ -1,7 +1,8 @@
 """Every registered op: ours, the plain torch reference, and `torch.compile` of that reference.
 
 On a GPU the full-size `bench_cases` in bf16, forward and backward, as CUDA graphs over inputs that overflow the L2
-cache; on a CPU smaller cases, forward only, in bf16 and fp32. Every side's error is taken against fp64.
+cache; on a CPU smaller cases, forward only, in bf16 and fp32. Every side's error is taken against fp64, and ours
+is held against what this device copies and multiplies in the same run.
 """
 
 import functools
@@ -10,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import ceilings
 import pytest
 import torch
 from timing import interleave
@@ -69,6 +71,7 @@ PEERS = {
     "ema_update": Peer("torch._foreach_lerp_", foreach_lerp),
     "joint_attention": Peer("sdpa", sdpa, lambda inputs: inputs.get("lengths") is None),
 }
+FP8_PRODUCTS = {"fp8_linear"}  # held against a product in e4m3
 # Ops whose first choice on a GPU is not Triton: both are measured, so that the choice can be checked.
 TRITON_TOO = {"ema_update", "gelu_linear", "connector_mlp"}
 
@@ -98,6 +101,11 @@ def case_name(case: dict[str, int]) -> str:
     return " ".join(f"{name}={value}" for name, value in case.items())
 
 
+@pytest.mark.parametrize("index", range(len(DTYPES) + 2))
+def test_ceiling(index, report):
+    ceilings.report_one(report, "ops", DEVICE, DTYPES, index)
+
+
 PARAMS = [
     pytest.param(op.name, index, dtype, backward, side, id=f"{op.name}-{index}-{str(dtype)[6:]}-{direction}-{side}")
     for backward, direction in ((False, "forward"), (True, "backward"))  # all forward passes first
@@ -122,8 +130,10 @@ def test_op(name, index, dtype, backward, side, report):
     more = {"op": name, "backend": backend, "error": error, "error_is": "relative to fp64"}
     if not backward:
         scale = 1 if dtype == torch.bfloat16 or name == "ema_update" else 2  # `bytes_moved` counts bf16
-        more |= {"gb_s": scale * op.bytes_moved(case) / samples.median / 1e9}
-        more |= {"tflop_s": op.flops(case) / samples.median / 1e12}
+        num_bytes, flops = scale * op.bytes_moved(case), op.flops(case)
+        more |= {"gb_s": num_bytes / samples.median / 1e9, "tflop_s": flops / samples.median / 1e12}
+        product = ceilings.gemm(DEVICE, dtype) if name not in FP8_PRODUCTS else ceilings.fp8_gemm(DEVICE)
+        more |= ceilings.share(samples.median, num_bytes=num_bytes, flops=flops, product=product, device=DEVICE)
     direction = " forward + backward" if backward else ""
     report("ops", f"{name} {case_name(case)}{direction}", side, dtype, samples, **more)
 

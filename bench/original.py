@@ -1,8 +1,9 @@
-"""One edit as the authors' inference does it, on the parts of diffusers and transformers: the peer of `Engine.edit`.
+"""One request on the parts of diffusers and transformers, as the authors' inference does it: the peer of `Engine`.
 
-Two VLM passes (routing, then embeddings), plain connectors and concatenation, diffusers' transformer with text
-projection and modulation in every step, its scheduler, its VAE. Pictures and words are prepared by the same code as
-ours, and all weights are shared, so what differs is how the model is run.
+Plain connectors and concatenation, diffusers' transformer with text projection and modulation in every step, its
+scheduler, its VAE. As the authors run it, the VLM runs twice: for the routing, with logits of every token, and for the
+embeddings; and SigLIP runs even where there is no reference, on a blank picture whose states nobody reads. Pictures and
+words are prepared by the same code as ours, and all weights are shared, so what differs is how the model is run.
 """
 
 from collections.abc import Iterable, Sequence
@@ -20,10 +21,14 @@ from uniworld.models.vlm import rope_index
 
 
 class OriginalPipeline:
-    """Runs requests on the modules of `model`, except the DiT, which is diffusers' `transformer`."""
+    """Runs requests on the modules of `model`, except the DiT, which is diffusers' `transformer`.
 
-    def __init__(self, model: UniWorld, transformer):
-        self.model, self.transformer = model, transformer
+    Args:
+        as_authors: False leaves out what a plain pipeline would not do: the routing pass and the blank picture.
+    """
+
+    def __init__(self, model: UniWorld, transformer, *, as_authors: bool = True):
+        self.model, self.transformer, self.as_authors = model, transformer, as_authors
         shift = model.time_shift
         self.scheduler = FlowMatchEulerDiscreteScheduler(
             use_dynamic_shifting=True,
@@ -40,7 +45,8 @@ class OriginalPipeline:
         """Packed latents [1, L, C] fp32 and the picture."""
         device, dtype = self.model.device, self.model.dtype
         inputs = self.model.processor.encode([chat_text(prompt, len(images))], [images])
-        self._route(inputs)
+        if self.as_authors:
+            self._route(inputs)
         txt = self._text_sequence(inputs, images, prompt)
         pooled = self.model.text_encoders.pooled([prompt]).to(dtype)
 
@@ -72,8 +78,10 @@ class OriginalPipeline:
         return latents, self._decode(latents, height, width)
 
     def _route(self, inputs: VLMInputs) -> Tensor:
-        """The first VLM pass, whose only use is the task head."""
-        state = vlm_states(self.model, inputs)[0, inputs.assistant_positions[0]]
+        """The first VLM pass, whose only use is the task head; the logits of a text answer come with it."""
+        states = vlm_states(self.model, inputs)
+        self.model.vlm.model.lm_head(states)
+        state = states[0, inputs.assistant_positions[0]]
         head = self.model.task_head
         return state if head is None else head.draw_probability(state)
 
@@ -81,10 +89,11 @@ class OriginalPipeline:
         """The second VLM pass, projected, with each image's semantic tokens before its end, and T5's behind."""
         model = self.model
         txt = plain(model.denoise_projector, vlm_states(model, inputs))[0]
-        semantic = ()
+        semantic, encoder = (), model.semantic_encoder
         if images:
-            encoder = model.semantic_encoder
             semantic = plain(model.siglip_projector, encoder(encoder.preprocess(images)).to(model.dtype))
+        elif self.as_authors:
+            encoder(encoder.preprocess([Image.new("RGB", (encoder.size_px, encoder.size_px))]))
         parts = [insert_semantic(txt, semantic, inputs.image_end_positions[0])]
         if model.text_encoders.has_t5:
             parts.append(model.text_encoders.t5_states([prompt])[0].to(model.dtype))

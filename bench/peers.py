@@ -1,10 +1,15 @@
 """diffusers' FLUX with the weights of ours, in the same memory."""
 
+import re
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
 
+from uniworld.kernels.attention_backends import SDPA_BACKENDS
 from uniworld.models.flux import FluxConfig, FluxTransformer
 
 MISSING = "diffusers is not installed"
@@ -86,14 +91,42 @@ def run_diffusers(model, img: Tensor, txt: Tensor, pooled: Tensor, timestep: Ten
     )[0]
 
 
-def same_attention(device: str):
-    """On a GPU cuDNN's attention first, so that both sides use the fastest exact one that torch holds; else nothing."""
+# How diffusers calls the libraries that ours may choose; "flash4" is one that it would have to download.
+DIFFUSERS_NAMES = {"flash3": "_flash_3", "flash2": "flash", "xformers": "xformers"}
+SDPA_ORDER = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+ATTENTION_OP = re.compile(
+    r"aten::_scaled_dot_product_(?:attention_)?(\w+?)(?:_attention)?(?:_for_cpu)?"
+    r"|(?:uniworld|flash_attn\w*|xformers\w*)::(\w*(?:attention|flash|fmha|fwd)\w*)"
+)
+
+
+def use_attention(model: nn.Module, backend: str) -> None:
+    """Let diffusers' model attend through the library that ours has chosen, where it is one; see `same_attention`."""
+    if backend in DIFFUSERS_NAMES:
+        model.set_attention_backend(DIFFUSERS_NAMES[backend])
+
+
+def same_attention(device: str, backend: str = "cudnn"):
+    """On a GPU the kernel inside torch that ours has chosen, where it is one, and else cuDNN's comes first; on a CPU
+    nothing changes."""
     if device != "cuda":
         return nullcontext()
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    first = SDPA_BACKENDS.get(backend, SDPBackend.CUDNN_ATTENTION)
+    order = [first, *(other for other in SDPA_ORDER if other != first)]
     return sdpa_kernel(order, set_priority=True)  # not every attention of the encoders fits cuDNN
+
+
+def attention_kernels(call: Callable[[], object]) -> str:
+    """Which attention a call runs, as torch's profiler sees it: "cudnn", "flash", ...; "" where it sees none."""
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        call()
+    found = (ATTENTION_OP.fullmatch(event.key) for event in seen.key_averages())
+    return ", ".join(dict.fromkeys(op[1] or op[2] for op in found if op))
 
 
 def relative_error(prediction: Tensor, truth: Tensor) -> float:

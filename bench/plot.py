@@ -56,7 +56,7 @@ def main() -> None:
     rows = read(args.rows)
     for device in dict.fromkeys(row["device"] for row in rows):
         for bench in BENCHES:
-            found = select(rows, bench=bench, device=device)
+            found = [row for row in select(rows, bench=bench, device=device) if "median_s" in row]
             if any(row["side"] == "ours" for row in found):
                 path = args.out / f"{bench}_{found[0]['kind']}.png"
                 bars(found, f"{bench}, {device}, torch {found[-1]['versions']['torch']}", path)

@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
 ROWS_VARIABLE = "UNIWORLD_BENCH_ROWS"
 PACKAGES = ("torch", "triton", "transformers", "diffusers", "numpy")
+UNKNOWN, CHANGED = "unknown", "+changes"  # commits that do not name one state of the code
 KEY = ("bench", "case", "side", "dtype", "device")  # what makes two rows the same measurement
 
 
@@ -56,9 +57,9 @@ def commit() -> str:
     """Short hash of the checkout, with "+changes" where tracked files differ; without git, `UNIWORLD_COMMIT`."""
     try:
         changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results", ":!docs")
-        return _git("rev-parse", "--short=10", "HEAD") + ("+changes" if changed else "")
+        return _git("rev-parse", "--short=10", "HEAD") + (CHANGED if changed else "")
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("UNIWORLD_COMMIT", "unknown")
+        return os.environ.get("UNIWORLD_COMMIT", UNKNOWN)
 
 
 def _git(*arguments: str) -> str:
@@ -96,6 +97,17 @@ def read(folder: Path = RESULTS) -> list[dict[str, Any]]:
             latest.pop(key, None)
             latest[key] = row
     return list(latest.values())
+
+
+def sides_written(folder: Path | None, bench: str, case: str, dtype: str, kind: str) -> set[str]:
+    """The sides of a case that have rows in a folder, of this commit and of this machine's device.
+
+    None where the tree differs from its commit, or nobody knows it: the rows may be those of other code.
+    """
+    if folder is None or not folder.is_dir() or commit() == UNKNOWN or commit().endswith(CHANGED):
+        return set()
+    wanted = {"bench": bench, "case": case, "dtype": dtype, "device": device_name(kind), "commit": commit()}
+    return {row["side"] for row in select(read(folder), **wanted)}
 
 
 def select(rows: Iterable[dict[str, Any]], **wanted: Any) -> list[dict[str, Any]]:

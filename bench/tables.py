@@ -55,10 +55,19 @@ def groups(rows: list[Row]) -> list[list[Row]]:
     return list(found.values())
 
 
+def of_ceiling(row: Row) -> str:
+    """The share of what the device does at best, and of what: copying or a matrix product."""
+    return f"{row['of_ceiling']:.2f} of {row['ceiling']}" if "of_ceiling" in row else "-"
+
+
 def ops_table(rows: list[Row]) -> str:
     header = ("op and case", "dtype", "backend", "ours, ms", "torch eager", "torch.compile", "other", "GB/s", "TFLOP/s")
-    header = (*header, "error, ours", "error, torch")
+    header = (*header, "of ceiling", "error, ours", "error, torch")
     lines = []
+    for row in rows:
+        if row["case"].startswith("ceiling, "):
+            cells = (row["case"], row["dtype"], "torch", milliseconds(row["median_s"]), *"---")
+            lines.append((*cells, number(row, "gb_s"), number(row, "tflop_s"), *"---"))
     for group in groups(rows):
         ours, eager, compiled = (side_of(group, name) for name in ("ours", "torch eager", "torch.compile"))
         known = ("ours", "torch eager", "torch.compile")
@@ -68,7 +77,7 @@ def ops_table(rows: list[Row]) -> str:
         lines.append(
             (ours["case"], ours["dtype"], ours["backend"], milliseconds(ours["median_s"]), times(ours, eager))
             + (times(ours, compiled), ", ".join(others) or "-", number(ours, "gb_s"), number(ours, "tflop_s"))
-            + (number(ours, "error", "{:.1e}"), number(eager, "error", "{:.1e}"))
+            + (of_ceiling(ours), number(ours, "error", "{:.1e}"), number(eager, "error", "{:.1e}"))
         )
     return table(header, lines)
 
@@ -126,20 +135,43 @@ def region_mask_table(rows: list[Row]) -> str:
 
 
 def full_scale_table(rows: list[Row]) -> str:
-    header = ("case", "side", "median, ms", "TFLOP/s", "of the GEMM rate", "peak, GiB", "error")
-    lines = [
-        (
-            row["case"],
-            row["side"],
-            milliseconds(row["median_s"]),
-            number(row, "tflop_s"),
-            number(row, "of_gemm", "{:.2f}"),
-            number(row, "peak_gib", "{:.1f}"),
-            number(row, "error", "{:.1e}"),
+    """Steps and requests; a side that was not measured says why."""
+    header = ("case", "side", "median, ms", "samples", "TFLOP/s", "of the GEMM rate", "peak, GiB", "attention", "error")
+    lines = []
+    for row in rows:
+        if "missing" in row:
+            lines.append((row["case"], row["side"], row["missing"], *("-" for _ in header[3:])))
+            continue
+        lines.append(
+            (
+                row["case"],
+                row["side"],
+                milliseconds(row["median_s"]),
+                str(row["samples"]),
+                number(row, "tflop_s"),
+                number(row, "of_gemm", "{:.2f}"),
+                number(row, "peak_gib", "{:.1f}"),
+                row.get("attention", "-"),
+                number(row, "error", "{:.1e}"),
+            )
         )
-        for row in rows
-    ]
     return table(header, lines)
+
+
+def throughput_table(rows: list[Row]) -> str:
+    """Steps of single samples a second against the batch, of the cases that were measured in batches."""
+    found: dict[tuple[str, str], dict[int, Row]] = {}
+    for row in rows:
+        if "samples_per_s" in row:
+            case = row["case"].removesuffix(f", batch {row['batch']}")
+            found.setdefault((case, row["side"]), {})[row["batch"]] = row
+    batches = sorted({batch for by_batch in found.values() for batch in by_batch})
+    lines = [
+        (case, side, *(number(by_batch.get(batch), "samples_per_s") for batch in batches))
+        for (case, side), by_batch in found.items()
+        if len(by_batch) > 1
+    ]
+    return table(("case", "side", *(f"batch {batch}" for batch in batches)), lines)
 
 
 def train_step_table(rows: list[Row]) -> str:
@@ -153,10 +185,10 @@ def train_step_table(rows: list[Row]) -> str:
 
 
 def ema_table(rows: list[Row]) -> str:
-    header = ("size and source", "side", "median, ms", "best, ms", "GB/s", "times faster than foreach")
+    header = ("size and source", "side", "median, ms", "best, ms", "GB/s", "of copying", "times faster than foreach")
     lines = [
         (f"{row['case']}, {row['dtype']}", row["side"], milliseconds(row["median_s"]), milliseconds(row["min_s"]))
-        + (number(row, "gb_s"), number(row, "times_faster", "{:.2f}"))
+        + (number(row, "gb_s"), number(row, "of_ceiling", "{:.2f}"), number(row, "times_faster", "{:.2f}"))
         for row in rows
     ]
     return table(header, lines)
@@ -197,7 +229,8 @@ def sources_table(rows: list[Row]) -> str:
     return table(header, list(lines.values()))
 
 
-# The name after "table:" is a bench and a kind of device.
+# The name after "table:" is a bench, or another view of its rows, and a kind of device.
+ROWS_OF = {"throughput": "full_scale"}
 TABLES: dict[str, Callable[[list[Row]], str]] = {
     "ops": ops_table,
     "dit_step": dit_step_table,
@@ -206,6 +239,7 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "ema": ema_table,
     "region_mask": region_mask_table,
     "full_scale": full_scale_table,
+    "throughput": throughput_table,
     "counts_step": counts_step_table,
     "counts_ops": counts_ops_table,
 }
@@ -217,7 +251,8 @@ def render(page: str, rows: list[Row]) -> str:
     def one(match: re.Match) -> str:
         bench, kind = match[2].split()
         of_kind = select(rows, kind=kind)
-        body = sources_table(of_kind) if bench == "sources" else TABLES[bench](select(of_kind, bench=bench))
+        rows_of = select(of_kind, bench=ROWS_OF.get(bench, bench))
+        body = sources_table(of_kind) if bench == "sources" else TABLES[bench](rows_of)
         return f"{match[1]}\n{body}\n{match[3]}"
 
     return MARKS.sub(one, page)

@@ -46,3 +46,48 @@ def test_later_row_counts(bench, tmp_path):
         rows.write(tmp_path, row | {"median_s": median})
     rows.write(tmp_path, row | {"device": "there", "median_s": 3.0})
     assert [r["median_s"] for r in rows.read(tmp_path)] == [2.0, 3.0]
+
+
+def test_share_of_the_ceiling(bench, monkeypatch):
+    """The longer of the times that bytes and products take at best, over the time taken."""
+    import ceilings
+    from timing import Samples
+
+    copied = ceilings.Ceiling("copy", None, Samples("", seconds=[2.0]), 8.0, "gb_s")  # 4 bytes a second
+    product = ceilings.Ceiling("GEMM", None, Samples("", seconds=[1.0]), 10.0, "tflop_s")
+    monkeypatch.setattr(ceilings, "copy", lambda *_: copied)
+    by = {"device": "cpu", "product": product}
+    assert ceilings.share(4.0, num_bytes=8.0, flops=5.0, **by) == {"of_ceiling": 0.5, "ceiling": "copy"}
+    assert ceilings.share(4.0, num_bytes=8.0, flops=30.0, **by) == {"of_ceiling": 0.75, "ceiling": "GEMM"}
+
+
+def test_copying_and_products_are_measured(bench):
+    import ceilings
+    import torch
+
+    copied, product = ceilings.copy("cpu", 2**16), ceilings.gemm("cpu", torch.float32, 32)
+    assert copied.amount == 2 * 2**16 and product.amount == 2 * 32**3
+    assert copied.figures() == {"gb_s": copied.rate / 1e9} and product.figures() == {"tflop_s": product.rate / 1e12}
+    assert len(copied.samples.seconds) == 9 and ceilings.fp8_gemm("cpu") is None
+
+
+def full_scale_row(case, side, **more):
+    return {"bench": "full_scale", "case": case, "side": side, "dtype": "bfloat16", "device": "card", **more}
+
+
+def test_a_side_that_is_missing_says_why_in_the_table(bench):
+    _, tables = bench
+    found = [full_scale_row("a", "ours", median_s=0.5, samples=9), full_scale_row("a", "peer", missing="not installed")]
+    lines = tables.full_scale_table(found).splitlines()
+    assert "| a | ours | 500 | 9 |" in lines[2] and "| a | peer | not installed |" in lines[3]
+
+
+def test_throughput_is_of_cases_that_were_measured_in_batches(bench):
+    _, tables = bench
+    found = [
+        full_scale_row("step, a", "ours", batch=1, samples_per_s=10.0),
+        full_scale_row("step, a, batch 4", "ours", batch=4, samples_per_s=16.0),
+        full_scale_row("step, b", "ours", batch=1, samples_per_s=99.0),
+    ]
+    text = tables.throughput_table(found)
+    assert "| case | side | batch 1 | batch 4 |" in text and "| step, a | ours | 10 | 16 |" in text and "99" not in text

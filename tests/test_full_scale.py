@@ -1,0 +1,223 @@
+"""bench/full_scale.py at toy size on a CPU: every case and side runs, and agrees with its peers."""
+
+import itertools
+import time
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+
+BENCH = str(Path(__file__).resolve().parent.parent / "bench")
+SIZE = {"denoiser": {"num_layers": 1, "num_single_layers": 2}}  # on top of `tiny`
+NEEDS_CUDA = {"ours, CUDA graph", "ours, fp8, CUDA graph"}
+NOT_COMPILED = {"ours compiled", "diffusers compiled", "diffusers compiled, torchao fp8"}
+EXACT = {"ours", "ours, first-block cache", "diffusers eager", "the authors' flow"}  # the threshold saves no step here
+LOSSY = {"ours, fp8": 0.1, "ours, taylor cache": 1.0}
+
+
+@pytest.fixture(scope="module")
+def bench():
+    """The module `bench/full_scale.py`, as the dry run imports it."""
+    pytest.importorskip("diffusers")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(BENCH)
+        patch.setenv("UNIWORLD_BENCH_SIZE", "tiny")
+        import full_requests
+        import full_scale
+
+        patch.setattr(full_requests, "MAX_ROUNDS", 1)
+        yield full_scale
+
+
+@pytest.fixture(scope="module")
+def scale(bench):
+    fields = {"sides_px": (64,), "batches": (2,), "num_steps": 3, "overhead_steps": 2, "shrink": 16, "gemm": 64}
+    return type(bench.SCALE)("toy", SIZE, **fields)
+
+
+@pytest.fixture(scope="module")
+def steps(bench, scale):
+    made = bench.StepBench(scale, "cpu", torch.float32, may_compile=False, rounds=1)
+    return {case: made.measure(case) for case in scale.step_cases}
+
+
+@pytest.fixture(scope="module")
+def requests(bench, scale):
+    return bench.RequestBench(scale, "cpu", torch.float32, may_compile=False)
+
+
+@pytest.fixture(scope="module")
+def drawn(scale, requests):
+    return {case: requests.measure(case) for case in scale.request_cases}
+
+
+def check(bench, found, sides):
+    """All sides are there with a time, or say why not; errors are those of rounding, or of what is lossy."""
+    assert tuple(found) == sides
+    for side, measured in found.items():
+        if side in NEEDS_CUDA | NOT_COMPILED:
+            assert isinstance(measured, bench.Missing) and str(measured), (side, measured)
+            continue
+        assert not isinstance(measured, Exception), (side, measured)
+        assert measured.samples.median > 0 and measured.attention
+        if measured.error is not None:
+            assert measured.error < (1e-5 if side in EXACT else LOSSY[side]), (side, measured.error)
+            assert side in EXACT or measured.error > 1e-4, side
+
+
+def test_every_step(bench, scale, steps):
+    assert {case.batch for case in steps} == {1, 2} and {case.num_references for case in steps} == {0, 1, 2}
+    for case, found in steps.items():
+        check(bench, found, bench.step_sides(case, 64))
+        assert (found["ours"].error is not None) == (case.batch == 1)
+    sides = set(itertools.chain.from_iterable(steps.values()))
+    assert sides == EXACT - {"ours, first-block cache", "the authors' flow"} | NEEDS_CUDA | NOT_COMPILED | {"ours, fp8"}
+
+
+def test_every_request(bench, scale, drawn):
+    for case, found in drawn.items():
+        check(bench, found, bench.request_sides(case, 64))
+        assert found["ours"].rooms_s.keys() >= {"condition", "denoise", "decode"}
+
+
+def test_rows_are_written_as_the_tests_write_them(bench, steps, drawn, monkeypatch):
+    """The tests of the bench themselves, on what was measured above."""
+    monkeypatch.setattr(bench, "step", steps.get)
+    monkeypatch.setattr(bench, "request_of", drawn.get)
+    rows, missing = {}, {}
+
+    def report(name, case, side, dtype, samples, **more):
+        rows[case, side] = more
+
+    def report_missing(name, case, side, dtype, why):
+        missing[case, side] = why
+
+    def run(test, case, side, there=()):
+        test(case, side, report, written=lambda *_: set(there), report_missing=report_missing)
+
+    one = next(iter(steps))
+    run(bench.test_step, one, "ours")
+    made = rows[f"step, {one}", "ours"]
+    assert made["tokens"] == 16 + (316 + 1260) // 16 and made["batch"] == 1 and made["attention"] == "flash"
+    assert made["samples_per_s"] == 1 / steps[one]["ours"].samples.median
+    for skipped in ("ours, CUDA graph", "diffusers compiled"):
+        with pytest.raises(pytest.skip.Exception):
+            run(bench.test_step, one, skipped)
+    assert set(missing.values()) == {"needs a CUDA device", "nothing is compiled in this run"}
+    monkeypatch.setitem(steps[one], "ours", RuntimeError("out of luck\nand more"))
+    with pytest.raises(RuntimeError, match="out of luck"):
+        run(bench.test_step, one, "ours")
+    assert missing[f"step, {one}", "ours"] == "failed: RuntimeError: out of luck"
+    with pytest.raises(pytest.skip.Exception, match="has its rows already"):
+        run(bench.test_step, one, "ours", there=steps[one])
+    run(bench.test_request, next(iter(drawn)), "ours, taylor cache")
+    assert rows[f"request, {next(iter(drawn))}", "ours, taylor cache"]["steps"] == bench.SCALE.num_steps
+
+
+def test_overhead_is_what_is_outside_of_the_models(scale, requests, monkeypatch):
+    """A model that takes longer adds to its part alone; work between the models adds to the overhead alone."""
+    case = scale.request_cases[0]
+    plain, parts = requests.overhead(case, rounds=2)
+    assert parts.keys() == {"vlm", "siglip", "clip", "t5", "dit", "vae"} and all(s > 0 for s in parts.values())
+    assert len(plain.seconds) == 2
+
+    def slow(call):
+        return lambda *a, **k: (time.sleep(1.0), call(*a, **k))[1]
+
+    with mock.patch.object(requests.model.vae, "decode", slow(requests.model.vae.decode)):
+        samples, slower = requests.overhead(case, rounds=1)
+    assert slower["vae"] > 1.0 > samples.median
+    conditioner = requests.ours.conditioner
+    with mock.patch.object(conditioner, "tokenize", slow(conditioner.tokenize)):
+        samples, others = requests.overhead(case, rounds=1)
+    assert samples.median > 1.0 > others["vae"]
+
+
+@pytest.mark.parametrize(
+    "as_authors, num_references, passes", [(True, 0, (2, 1)), (True, 1, (2, 1)), (False, 0, (1, 0))]
+)
+def test_passes_of_the_authors_flow(requests, as_authors, num_references, passes):
+    from full_cases import noise_pictures
+    from original import OriginalPipeline
+
+    vlm, siglip, head = (mock.Mock(return_value=None) for _ in range(3))
+    model = requests.model
+    seen = ((model.vlm.model.model, vlm), (model.semantic_encoder, siglip), (model.vlm.model.lm_head, head))
+    hooks = [module.register_forward_hook(lambda *_, count=count: count()) for module, count in seen]
+    pipeline = OriginalPipeline(model, requests.eager, as_authors=as_authors)
+    settings = {"height": 64, "width": 64, "num_inference_steps": 1, "seed": 0}
+    pipeline.draw(noise_pictures(num_references), "words", **settings)
+    for hook in hooks:
+        hook.remove()
+    assert (vlm.call_count, siglip.call_count) == passes and head.call_count == as_authors
+
+
+def test_torchao_is_given_what_ours_quantizes(bench, requests):
+    from full_steps import quantized_names
+
+    linears = {
+        name: module
+        for name, module in requests.eager.named_modules()
+        if isinstance(module, torch.nn.Linear) and "transformer_blocks." in name and ".norm" not in name
+    }
+    assert quantized_names(requests.model.denoiser) == set(linears)
+
+
+def test_memory_of_one_side(bench):
+    from residents import own_bytes
+
+    ours, other = torch.nn.Linear(8, 6), torch.nn.Linear(8, 3)
+    other.weight = torch.nn.Parameter(ours.weight.detach()[:3])  # a view: of the memory of ours
+    assert own_bytes(ours) == own_bytes(ours, ours) == 4 * (48 + 6)
+    assert own_bytes(ours, other) == 4 * (48 + 6 + 3)
+
+
+def test_attention_that_ran_is_seen(bench):
+    from peers import attention_kernels
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.nn.functional import scaled_dot_product_attention
+
+    q = torch.randn(1, 2, 8, 16)
+    for backend, name in ((SDPBackend.MATH, "math"), (SDPBackend.FLASH_ATTENTION, "flash")):
+        with sdpa_kernel(backend):
+            assert attention_kernels(lambda: scaled_dot_product_attention(q, q, q)) == name
+    assert attention_kernels(lambda: q + q) == ""
+
+
+def test_rounds_fit_the_time_that_is_left(requests, monkeypatch):
+    import full_requests
+
+    monkeypatch.setattr(full_requests, "MAX_ROUNDS", 9)
+    for left, rounds in ((float("inf"), 9), (200.0, 9), (100.0, 5), (10.0, 2), (-5.0, 2)):
+        monkeypatch.setattr(requests, "deadline", time.time() + left)
+        assert requests._rounds(9.9) == rounds
+
+
+def test_cases_are_those_of_the_issue(bench):
+    from full_cases import FULL
+
+    assert [case.num_tokens for case in FULL.step_cases[:4]] == [5672, 4412, 2600, 1340]
+    assert [case.num_tokens for case in FULL.step_cases if case.num_references == 2] == [6932, 3860]
+    assert {case.batch for case in FULL.step_cases} == {1, 4, 8}
+    flops = FULL.step_cases[0].flops
+    assert flops == pytest.approx(9.576e13, rel=1e-3) and FULL.step_cases[-1].flops == 8 * flops
+
+
+def test_rows_that_are_there(bench, tmp_path, monkeypatch):
+    import rows
+
+    monkeypatch.setattr(rows, "commit", lambda: "abc")
+    stamp = {"device": rows.device_name("cpu"), "commit": "abc"}
+    for side, changed in (
+        ("a", {}),
+        ("b", {"commit": "old"}),
+        ("c", {"missing": "no GPU"}),
+        ("d", {"device": "other"}),
+    ):
+        rows.write(tmp_path, {"bench": "x", "case": "y", "side": side, "dtype": "float32"} | stamp | changed)
+    found = {"bench": "x", "case": "y", "dtype": "float32", "kind": "cpu"}
+    assert rows.sides_written(tmp_path, **found) == {"a", "c"}
+    assert rows.sides_written(tmp_path, **found | {"case": "z"}) == rows.sides_written(None, **found) == set()
+    monkeypatch.setattr(rows, "commit", lambda: "abc+changes")  # may be any code
+    assert rows.sides_written(tmp_path, **found) == set()
