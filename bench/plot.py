@@ -48,6 +48,11 @@ def label(case: tuple[str, str], times: dict[tuple[str, str, str], float]) -> st
     return f"{case[0]}\n{case[1]}" + (f", ours {ours * 1e3:.3g} ms" if ours else "")
 
 
+def compares(row: dict[str, Any]) -> bool:
+    """Whether a row is a time of one side among several."""
+    return "median_s" in row and not row["case"].startswith("ceiling, ")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=Path, default=RESULTS, help="folder of rows, bench/results by default")
@@ -56,7 +61,7 @@ def main() -> None:
     rows = read(args.rows)
     for device in dict.fromkeys(row["device"] for row in rows):
         for bench in BENCHES:
-            found = [row for row in select(rows, bench=bench, device=device) if "median_s" in row]
+            found = [row for row in select(rows, bench=bench, device=device) if compares(row)]
             if any(row["side"] == "ours" for row in found):
                 path = args.out / f"{bench}_{found[0]['kind']}.png"
                 bars(found, f"{bench}, {device}, torch {found[-1]['versions']['torch']}", path)

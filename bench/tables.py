@@ -194,6 +194,18 @@ def ema_table(rows: list[Row]) -> str:
     return table(header, lines)
 
 
+def alone_table(rows: list[Row]) -> str:
+    """How much longer a step takes without one optimization: below 1 it gave nothing."""
+    header = ("step", "taken away", "median, ms", "best, ms", "times as long as with all", "error")
+    with_all = {row["case"]: row for row in rows if row["side"] == "all of them"}
+    lines = [
+        (row["case"], "nothing" if row is with_all.get(row["case"]) else row["side"], milliseconds(row["median_s"]))
+        + (milliseconds(row["min_s"]), number(row, "times_longer", "{:.3f}"), number(row, "error", "{:.1e}"))
+        for row in rows
+    ]
+    return table(header, lines)
+
+
 def counts_step_table(rows: list[Row]) -> str:
     header = ("step", "side", "kernels", "of diffusers'", "TFLOPs", "of F(S)", "GB read and written")
     lines = [
@@ -240,6 +252,7 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "region_mask": region_mask_table,
     "full_scale": full_scale_table,
     "throughput": throughput_table,
+    "alone": alone_table,
     "counts_step": counts_step_table,
     "counts_ops": counts_ops_table,
 }
