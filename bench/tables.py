@@ -175,12 +175,18 @@ def throughput_table(rows: list[Row]) -> str:
 
 
 def train_step_table(rows: list[Row]) -> str:
+    """Each side against the plain one, or, where its averages of all parameters do not fit, that without them."""
     header = ("stage and dtype", "side", "median, s", "best, s", "images/s", "times faster than plain", "peak, GiB")
-    lines = [
-        timing_cells(row)
-        + (number(row, "images_per_s"), number(row, "times_faster", "{:.2f}"), number(row, "peak_gib", "{:.1f}"))
-        for row in rows
-    ]
+    header = (*header, "gradient's error")
+    lines = []
+    for row in rows:
+        faster = number(row, "times_faster", "{:.2f}")
+        if row.get("times_faster_than", "plain") != "plain":
+            faster += " (EMA of the trained alone)"
+        gradient = number(row, "gradient_error", "{:.1e}")
+        lines.append(
+            (*timing_cells(row), number(row, "images_per_s"), faster, number(row, "peak_gib", "{:.1f}"), gradient)
+        )
     return table(header, lines)
 
 
