@@ -62,7 +62,7 @@ COMPARED = (OURS, PRECOMPUTED, PLAIN_TRAINED_EMA)
 SMALLER_GROUPS = {SIDES: (COMPARED, (PLAIN,)), COMPARED: ((OURS, PRECOMPUTED), (PLAIN_TRAINED_EMA,))}
 # Double and single blocks of stage 2's DiT by the memory of the GPU in GiB. Beside 18 GB of encoders, both sides take 2
 # bytes for each of P parameters and 48 for each of T trained ones (a side: 12 of master weights and moments, 4 of EMA;
-# the plain one: 2 of a copy; the larger step: 14 of gradients and temporaries). P = 6.5 B and T = 2.2 B, or 2.7 and 1.0.
+# the plain one: 2 of a copy; the larger step: 14 of gradients and temporaries). P = 6.5 B, T = 2.2 B, or 2.7 and 1.0.
 STAGE2_BLOCKS = {130: (10, 20), 70: (4, 8)}
 STAGES = ("stage1", "stage2")
 DTYPES = (torch.float32,) if DRY_RUN else (torch.bfloat16,)

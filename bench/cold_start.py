@@ -1,0 +1,120 @@
+"""From the start of a process to its first picture, weights in the page cache: an edit by the full-size model.
+
+A checkpoint of random weights is written to the disk first, 48 GiB of it, or 39 without T5 where there is less room. In
+`bench/gpu.sh` it is a section of its own, on request. `UNIWORLD_BENCH_SIZE=tiny` is a dry run on any device.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from full_cases import FULL, TOY, Case, noise_pictures
+from full_model import random_uniworld, write_tokenizers
+from full_requests import PROMPT, parts
+from residents import free, own_bytes
+from timing import Samples
+from torch import nn
+
+from uniworld.checkpoint import tiny_configs
+from uniworld.checkpoint.save import save_module, save_uniworld, with_prefix, write_json
+from uniworld.models.unified import UniWorld
+
+CUDA = torch.cuda.is_available()
+SCALE = TOY if os.environ.get("UNIWORLD_BENCH_SIZE") == "tiny" else FULL
+DEVICE, DTYPE = ("cuda" if CUDA else "cpu"), (torch.bfloat16 if CUDA else torch.float32)
+CASE = SCALE.request_cases[0]
+ROUNDS = 3
+SPARE_BYTES = 2 * 2**30
+VAE_STEM = "diffusion_pytorch_model"
+# What the new process runs: it prints seconds of its imports, of loading and of the request.
+DRAW = """
+import json, sys, time
+start = time.perf_counter()
+from uniworld.engine import Engine
+imported = time.perf_counter()
+given = json.loads(sys.argv[1])
+engine = Engine.from_pretrained(given["model"], device=given["device"], dtype=given["dtype"], progress=False)
+loaded = time.perf_counter()
+engine.edit(given["pictures"], given["prompt"], **given["settings"]).images[0].save(given["out"])
+print(json.dumps({"import": imported - start, "load": loaded - imported, "draw": time.perf_counter() - loaded}))
+"""
+
+pytestmark = pytest.mark.skipif(
+    SCALE is FULL and not CUDA, reason="full size needs a CUDA device (UNIWORLD_BENCH_SIZE=tiny)"
+)
+
+
+def test_cold_start(report, report_missing):
+    name = f"cold start, {CASE}"
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        model = random_uniworld(SCALE.size, DEVICE, DTYPE, use_t5=True)
+        if own_bytes(*parts(model), model.denoiser) + SPARE_BYTES > shutil.disk_usage(folder).free:
+            model.text_encoders.t5 = model.text_encoders.t5_tokenizer = None
+        num_bytes, has_t5 = own_bytes(*parts(model), model.denoiser), model.text_encoders.has_t5
+        if num_bytes + SPARE_BYTES > shutil.disk_usage(folder).free:
+            why = f"{folder} has no room for {num_bytes / 2**30:.0f} GiB of weights"
+            report_missing(SCALE.bench, name, "ours", DTYPE, why)
+            pytest.skip(why)
+        write_checkpoint(model, folder / "model")
+        del model
+        free()
+        samples, parts_s = first_pictures(folder)
+    more = {"parts_s": parts_s, "weights_gib": num_bytes / 2**30, "t5": has_t5, "steps": SCALE.num_steps}
+    report(SCALE.bench, name, "ours", DTYPE, samples, **more)
+
+
+def write_checkpoint(model: UniWorld, folder: Path) -> None:
+    """The whole model in the authors' layout, with `flux/` and `siglip/` in its folder."""
+    texts, vae, siglip = model.text_encoders, model.vae.model, model.semantic_encoder
+    with tempfile.TemporaryDirectory() as temporary:
+        made = Path(temporary)
+        write_tokenizers(made)
+        write_json(made / "qwen" / "preprocessor_config.json", tiny_configs.PREPROCESSOR)
+        model.folder = made / "qwen"
+        save_uniworld(model, folder)
+        flux = folder / "flux"
+        shutil.copytree(made / "clip", flux / "tokenizer")
+        if texts.has_t5:
+            shutil.copytree(made / "t5", flux / "tokenizer_2")
+    write_json(flux / "model_index.json", tiny_configs.MODEL_INDEX)
+    (flux / "scheduler").mkdir()
+    write_json(flux / "scheduler" / "scheduler_config.json", tiny_configs.SCHEDULER)
+    save_module(flux / "text_encoder", named(texts.clip, "text_model."), texts.clip.config.to_dict())
+    if texts.has_t5:
+        save_module(flux / "text_encoder_2", named(texts.t5), texts.t5.config.to_dict())
+    save_module(flux / "vae", named(vae), dict(vae.config), stem=VAE_STEM)
+    save_module(folder / "siglip", named(siglip.model, "vision_model."), siglip.model.config.to_dict())
+    write_json(folder / "siglip" / "preprocessor_config.json", siglip.preprocessor)
+
+
+def named(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    for name, parameter in module.named_parameters():
+        yield with_prefix(name, prefix), parameter.detach()
+
+
+def first_pictures(folder: Path, case: Case = CASE) -> tuple[Samples, dict[str, float]]:
+    """Seconds from the start of a process until its picture is written and it has ended; and those of the first one's
+    imports, loading and request."""
+    noise_pictures(1)[0].save(folder / "reference.png")
+    given = {"model": str(folder / "model"), "device": DEVICE, "dtype": str(DTYPE).removeprefix("torch.")}
+    given |= {"pictures": [str(folder / "reference.png")], "prompt": PROMPT, "out": str(folder / "picture.png")}
+    size = {"height": case.size_px, "width": case.size_px}
+    given["settings"] = {**size, "num_inference_steps": SCALE.num_steps, "seed": 7}
+    samples, told = Samples("wall clock of a process"), []
+    for _ in range(ROUNDS):
+        start = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", DRAW, json.dumps(given)], capture_output=True, text=True)
+        samples.seconds.append(time.perf_counter() - start)
+        if done.returncode:
+            raise RuntimeError(done.stderr[-2000:])
+        told.append(json.loads(done.stdout.splitlines()[-1]))
+    return samples, told[0]
