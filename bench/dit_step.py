@@ -10,7 +10,16 @@ import os
 
 import pytest
 import torch
-from peers import MISSING, diffusers_flux, random_flux, relative_error, run_diffusers
+from peers import (
+    MISSING,
+    attention_kernels,
+    diffusers_flux,
+    our_attention,
+    random_flux,
+    relative_error,
+    run_diffusers,
+    same_attention,
+)
 from timing import Samples, interleave
 
 from uniworld.models import flow
@@ -37,10 +46,10 @@ DTYPES = (torch.bfloat16, torch.float32)
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 def test_dit_step(dtype, side, report):
-    samples, errors, num_parameters = measure(dtype)
+    samples, errors, attentions, num_parameters = measure(dtype)
     theirs = samples["diffusers eager"].median
     more = {"parameters": num_parameters, "tokens": num_tokens(), "error": errors[side], "error_is": "relative to fp64"}
-    more |= {"time_of_diffusers": samples[side].median / theirs}
+    more |= {"time_of_diffusers": samples[side].median / theirs, "attention": attentions[side]}
     if side != "ours, preparation / 28":
         more |= {"tflop_s": flops() / samples[side].median / 1e12}
     report(BENCH, f"{num_parameters / 1e6:.0f} M, {num_tokens()} tokens", side, dtype, samples[side], **more)
@@ -103,12 +112,13 @@ class Prepared:
 
 
 @functools.cache
-def measure(dtype: torch.dtype) -> tuple[dict[str, Samples], dict[str, float], int]:
-    """Samples and error of every side, and the number of parameters."""
+def measure(dtype: torch.dtype) -> tuple[dict[str, Samples], dict[str, float], dict[str, str], int]:
+    """Samples, error and attention of every side, and the number of parameters."""
     ours = random_flux(CONFIG, dtype, DEVICE)
-    theirs = diffusers_flux(ours, DEVICE)
+    attention = our_attention(ours, DEVICE, dtype)
+    theirs = diffusers_flux(ours, DEVICE, attention)
     inputs = make_inputs(dtype)
-    with torch.inference_mode():
+    with torch.inference_mode(), same_attention(DEVICE, attention):
         request = Prepared(ours, inputs)
         calls = {
             "ours": request.step,
@@ -116,10 +126,11 @@ def measure(dtype: torch.dtype) -> tuple[dict[str, Samples], dict[str, float], i
             "ours, forward": lambda: ours(**inputs),
         }
         errors = {side: relative_error(call(), truth()) for side, call in calls.items()}
+        attentions = {side: attention_kernels(call) for side, call in calls.items()}
         samples = interleave({side: [call] for side, call in calls.items()}, rounds=11, sample_s=0.0, device=DEVICE)
         prepare = interleave({"prepare": [request.prepare]}, rounds=5, sample_s=0.0, device=DEVICE)["prepare"]
     share = prepare.median / NUM_STEPS
     step = samples["ours"]
     samples["ours, preparation / 28"] = Samples(step.method, step.calls, [s + share for s in step.seconds])
-    errors["ours, preparation / 28"] = errors["ours"]
-    return samples, errors, sum(p.numel() for p in ours.parameters())
+    errors["ours, preparation / 28"], attentions["ours, preparation / 28"] = errors["ours"], attentions["ours"]
+    return samples, errors, attentions, sum(p.numel() for p in ours.parameters())

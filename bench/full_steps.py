@@ -11,11 +11,11 @@ from peers import (
     MISSING,
     attention_kernels,
     diffusers_flux,
+    our_attention,
     random_flux,
     relative_error,
     run_diffusers,
     same_attention,
-    use_attention,
 )
 from residents import free, measure_once, own_bytes
 from timing import Call, Samples, capture, interleave
@@ -23,7 +23,6 @@ from torch import Tensor, nn
 
 from uniworld.engine.compiled import compile_blocks
 from uniworld.engine.quantize import FP8_CAPABILITY, quantizable, quantized_copy
-from uniworld.kernels.attention_backends import choose_backend
 from uniworld.models.flux import FluxTransformer
 
 OURS, COMPILED, GRAPH = "ours", "ours compiled", "ours, CUDA graph"
@@ -76,12 +75,10 @@ class StepBench:
     def __init__(self, scale: Scale, device: str, dtype: torch.dtype, *, may_compile: bool = True, rounds: int = 9):
         self.scale, self.device, self.dtype, self.rounds = scale, device, dtype, rounds
         self.may_compile = may_compile
-        config = denoiser_config(scale.size)
-        head_dim = config.attention_head_dim
-        self.attention = choose_backend("auto", torch.device(device), dtype, head_dim).name
         self.truths = self._truths() if has_diffusers() else {}
         free()
-        self.ours = random_flux(config, dtype, device)
+        self.ours = random_flux(denoiser_config(scale.size), dtype, device)
+        self.attention = our_attention(self.ours, device, dtype)
         torch._dynamo.config.recompile_limit = MAX_RECOMPILES
 
     def _truths(self) -> dict[Case, Tensor]:
@@ -214,9 +211,7 @@ def diffusers_peer(ours: FluxTransformer, device: str, attention: str) -> nn.Mod
     """diffusers' model on our weights, attending as ours does."""
     if not has_diffusers():
         raise Missing(MISSING)
-    peer = diffusers_flux(ours, device)
-    use_attention(peer, attention)
-    return peer
+    return diffusers_flux(ours, device, attention)
 
 
 def compiled_peer(peer: nn.Module) -> nn.Module:

@@ -36,7 +36,8 @@ SIDES = ("ours", "diffusers eager")
 @pytest.mark.parametrize("size_px", SIZES_PX)
 def test_edit(size_px, side, report):
     samples, rooms, error = measure(size_px)
-    more = {"steps": NUM_STEPS, "time_of_diffusers": samples[side].median / samples["diffusers eager"].median}
+    more = {"steps": NUM_STEPS, "attention": engine().attention.name}
+    more |= {"time_of_diffusers": samples[side].median / samples["diffusers eager"].median}
     if side == "ours":
         more |= {"rooms_s": rooms, "error": error, "error_is": "final latents, relative to diffusers eager"}
     report(BENCH, f"tiny, edit, {size_px} px, {NUM_STEPS} steps", side, DTYPE, samples[side], **more)
@@ -60,7 +61,8 @@ def engine() -> Engine:
 def measure(size_px: int) -> tuple[dict[str, Samples], dict[str, float], float]:
     """Samples of both sides, seconds by room of ours, and the distance of the final latents."""
     ours = engine()
-    peer = OriginalPipeline(ours.model, diffusers_flux(ours.model.denoiser, DEVICE))
+    attention = ours.attention.name
+    peer = OriginalPipeline(ours.model, diffusers_flux(ours.model.denoiser, DEVICE, attention))
     picture = example_picture()
     settings = {"height": size_px, "width": size_px, "num_inference_steps": NUM_STEPS, "seed": 7}
     results = {}
@@ -70,7 +72,7 @@ def measure(size_px: int) -> tuple[dict[str, Samples], dict[str, float], float]:
         results["ours"] = ours.edit(picture, PROMPT, **settings)
 
     def edit_theirs() -> None:
-        with same_attention(DEVICE):
+        with same_attention(DEVICE, attention):
             results["theirs"] = peer.draw([picture], PROMPT, **settings)
 
     sides = {"ours": [edit_ours], "diffusers eager": [edit_theirs]}

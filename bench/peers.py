@@ -9,10 +9,22 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
-from uniworld.kernels.attention_backends import SDPA_BACKENDS
+from uniworld.kernels.attention_backends import SDPA_BACKENDS, choose_backend
 from uniworld.models.flux import FluxConfig, FluxTransformer
 
 MISSING = "diffusers is not installed"
+# How diffusers calls the libraries that ours may choose; "flash4" is one that it would have to download.
+DIFFUSERS_NAMES = {"flash3": "_flash_3", "flash2": "flash", "xformers": "xformers"}
+SDPA_ORDER = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+ATTENTION_OP = re.compile(
+    r"(?!\w+::\w*backward)(?:aten::_scaled_dot_product_(?:attention_)?(\w+?)(?:_attention)?(?:_for_cpu)?"
+    r"|(?:uniworld|flash_attn\w*|xformers\w*)::(\w*(?:attention|flash|fmha|fwd)\w*))"
+)
 
 
 def random_flux(config: FluxConfig, dtype: torch.dtype, device: str, seed: int = 0) -> FluxTransformer:
@@ -42,8 +54,16 @@ def fill_random(module: nn.Module, seed: int = 0) -> None:
             part.copy_(noise.to(torch.bfloat16))
 
 
-def diffusers_flux(ours: FluxTransformer, device: str):
-    """diffusers' model of the same sizes whose parameters are views of ours: q, k and v are row blocks of `to_qkv`."""
+def our_attention(model: FluxTransformer, device: str, dtype: torch.dtype) -> str:
+    """The backend that ours chooses by itself."""
+    return choose_backend("auto", torch.device(device), dtype, model.config.attention_head_dim).name
+
+
+def diffusers_flux(ours: FluxTransformer, device: str, attention: str = ""):
+    """diffusers' model of the same sizes whose parameters are views of ours: q, k and v are row blocks of `to_qkv`.
+
+    Where `attention` is a library's name, it attends through that; for torch's own kernels see `same_attention`.
+    """
     from diffusers import FluxTransformer2DModel
 
     config = ours.config
@@ -61,6 +81,8 @@ def diffusers_flux(ours: FluxTransformer, device: str):
         )
     theirs.load_state_dict(split_qkv(dict(ours.named_parameters())), strict=True, assign=True)
     theirs.eval().requires_grad_(False)
+    if attention in DIFFUSERS_NAMES:
+        theirs.set_attention_backend(DIFFUSERS_NAMES[attention])
     return theirs.to(device) if any(True for _ in theirs.buffers()) else theirs  # its parameters are where ours are
 
 
@@ -91,26 +113,6 @@ def run_diffusers(model, img: Tensor, txt: Tensor, pooled: Tensor, timestep: Ten
     )[0]
 
 
-# How diffusers calls the libraries that ours may choose; "flash4" is one that it would have to download.
-DIFFUSERS_NAMES = {"flash3": "_flash_3", "flash2": "flash", "xformers": "xformers"}
-SDPA_ORDER = [
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-]
-ATTENTION_OP = re.compile(
-    r"aten::_scaled_dot_product_(?:attention_)?(\w+?)(?:_attention)?(?:_for_cpu)?"
-    r"|(?:uniworld|flash_attn\w*|xformers\w*)::(\w*(?:attention|flash|fmha|fwd)\w*)"
-)
-
-
-def use_attention(model: nn.Module, backend: str) -> None:
-    """Let diffusers' model attend through the library that ours has chosen, where it is one; see `same_attention`."""
-    if backend in DIFFUSERS_NAMES:
-        model.set_attention_backend(DIFFUSERS_NAMES[backend])
-
-
 def same_attention(device: str, backend: str = "cudnn"):
     """On a GPU the kernel inside torch that ours has chosen, where it is one, and else cuDNN's comes first; on a CPU
     nothing changes."""
@@ -122,7 +124,10 @@ def same_attention(device: str, backend: str = "cudnn"):
 
 
 def attention_kernels(call: Callable[[], object]) -> str:
-    """Which attention a call runs, as torch's profiler sees it: "cudnn", "flash", ...; "" where it sees none."""
+    """Which attention a call runs, as torch's profiler sees it: "cudnn", "flash", ...; "" where it sees none.
+
+    Backward passes do not count. The call is made once.
+    """
     with profile(activities=[ProfilerActivity.CPU]) as seen:
         call()
     found = (ATTENTION_OP.fullmatch(event.key) for event in seen.key_averages())

@@ -21,7 +21,7 @@ from unittest import mock
 import pytest
 import torch
 from full_model import FULL_SIZE, SMALL_SIZE, TINY_SIZE, Size, random_uniworld
-from peers import MISSING, diffusers_flux, same_attention, split_qkv
+from peers import MISSING, attention_kernels, diffusers_flux, our_attention, same_attention, split_qkv
 from PIL import Image
 from residents import free
 from timing import Samples, interleave
@@ -89,6 +89,7 @@ def test_train_step(stage, dtype, side, report):
     if baseline in measured.samples:
         more |= {"times_faster": measured.samples[baseline].median / samples.median, "times_faster_than": baseline}
     more |= {"interleaved": measured.interleaved(side), "recomputed_blocks": recomputed_blocks(side, stage, dtype)}
+    more["attention"] = measured.attention[side]
     more |= measured.counts
     if side.startswith("ours"):
         more |= measured.agreement
@@ -197,7 +198,8 @@ class Plain:
     """The authors' step on the same parts and batch."""
 
     def __init__(self, model: UniWorld, config: TrainConfig, batch: TrainBatch, *, ema_of_frozen: bool):
-        transformer = diffusers_flux(model.denoiser, DEVICE)
+        self.attention = our_attention(model.denoiser, DEVICE, model.dtype)
+        transformer = diffusers_flux(model.denoiser, DEVICE, self.attention)
         self.training = OriginalTraining(model, transformer, config, ema_of_frozen=ema_of_frozen)
         self.config, self.batch, self.num_steps = config, batch, 0
         self.generator = rank_generator(config.seed, 0)
@@ -205,7 +207,7 @@ class Plain:
     def step(self, ema_of_frozen: bool) -> float:
         self.num_steps += 1
         lr = learning_rate(self.config, self.num_steps)
-        with same_attention(DEVICE):
+        with same_attention(DEVICE, self.attention):
             self.loss = self.training.step(self.batch, lr, self.generator, ema_of_frozen=ema_of_frozen)
         return self.loss
 
@@ -240,6 +242,7 @@ class Measured:
     groups: list[tuple[str, ...]] = field(default_factory=list)  # sides that were timed in turn
     samples: dict[str, Samples] = field(default_factory=dict)
     peaks_gib: dict[str, float] = field(default_factory=dict)
+    attention: dict[str, str] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
     agreement: dict[str, float] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
@@ -291,7 +294,7 @@ def run_sides(sides: Sequence[str], stage: str, dtype: torch.dtype, measured: Me
         measured.agreement = agreement(ours, plain)
     calls = {side: calls[side] for side in sides}
     for side, call in calls.items():
-        call()
+        measured.attention[side] = attention_kernels(call)
         others = held[2] - held[1] if side.startswith("plain") else held[1] - held[0]
         if CUDA and side != PRECOMPUTED and not (side == PLAIN_TRAINED_EMA and PLAIN in sides):
             torch.cuda.reset_peak_memory_stats()

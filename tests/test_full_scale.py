@@ -182,7 +182,10 @@ def test_attention_that_ran_is_seen(bench):
     for backend, name in ((SDPBackend.MATH, "math"), (SDPBackend.FLASH_ATTENTION, "flash")):
         with sdpa_kernel(backend):
             assert attention_kernels(lambda: scaled_dot_product_attention(q, q, q)) == name
-    assert attention_kernels(lambda: q + q) == ""
+    q.requires_grad_()
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        assert attention_kernels(lambda: scaled_dot_product_attention(q, q, q).sum().backward()) == "flash"
+    assert q.grad is not None and attention_kernels(lambda: q + q) == ""
 
 
 def test_rounds_fit_the_time_that_is_left(requests, monkeypatch):
