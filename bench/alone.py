@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from full_cases import Case, step_inputs
 from full_steps import replayed
 from peers import random_flux, relative_error
+from residents import without_frames
 from timing import Call, Samples, interleave
 from torch import Tensor
 
@@ -180,7 +181,7 @@ def measure(case: Case) -> dict[str, tuple[Samples, float] | Exception]:
             found[name] = relative_error(latents, truth)
         except Exception as error:  # one that fails must not hide the others
             calls.pop(name, None)
-            found[name] = error
+            found[name] = without_frames(error)
     timed = interleave({name: [call] for name, call in calls.items()}, sample_s=0.0, device=DEVICE, warmup=0)
     return found | {name: (samples, found[name]) for name, samples in timed.items()}
 

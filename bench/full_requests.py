@@ -15,7 +15,7 @@ from full_cases import Case, Scale, noise_pictures
 from full_model import random_uniworld
 from full_steps import Measured, Missing, check_e4m3, compiled_peer, diffusers_peer
 from peers import relative_error, same_attention
-from residents import measure_once, own_bytes
+from residents import measure_once, own_bytes, without_frames
 from timing import Call, Samples, interleave
 from torch import Tensor, nn
 
@@ -77,8 +77,10 @@ class RequestBench:
                 (latents[side], rooms), peak = measure_once(call, own, self.device, once=side != PEER_COMPILED)
                 found[side] = Measured(Samples(""), peak, self.ours.attention.name, rooms_s=rooms or {})
                 calls[side] = call
+            except Missing as error:
+                found[side] = error.with_traceback(None)
             except Exception as error:  # one side that fails must not hide the others
-                found[side] = error
+                found[side] = without_frames(error)
         rounds = self._rounds(time.time() - began)
         timed = interleave(
             {s: [c] for s, c in calls.items()}, rounds=rounds, sample_s=0.0, device=self.device, warmup=0

@@ -67,11 +67,8 @@ def test_gemm(report):
 @pytest.mark.parametrize("case, side", pairs(SCALE.step_cases, step_sides))
 def test_step(case, side, report, written, report_missing):
     name = f"step, {case}"
-    if written(BENCH, name, DTYPE) >= set(step_sides(case, LARGEST_PX)):
-        pytest.skip("has its rows already")
-    measured = step(case)[side]
-    if isinstance(measured, Exception):
-        give_reason(name, side, measured, report_missing)
+    pass_over(name, step_sides(case, LARGEST_PX), written)
+    measured = succeeded(name, side, step(case)[side], report_missing)
     median = measured.samples.median
     more = {"tokens": case.num_tokens, "batch": case.batch, "samples_per_s": case.batch / median}
     if SCALE is FULL:  # F(S) is that of the full size
@@ -83,14 +80,21 @@ def test_step(case, side, report, written, report_missing):
     report(BENCH, name, side, DTYPE, measured.samples, **more)
 
 
-def give_reason(name: str, side: str, error: Exception, report_missing) -> None:
-    """A row that says why a side has no time, and the end of its test."""
-    report_missing(
-        BENCH, name, side, DTYPE, f"{error}" if isinstance(error, Missing) else f"failed: {first_line(error)}"
-    )
-    if isinstance(error, Missing):
-        pytest.skip(str(error))
-    raise error
+def pass_over(name: str, sides: tuple[str, ...], written) -> None:
+    """End the test of a side whose case has all of its rows."""
+    if written(BENCH, name, DTYPE) >= set(sides):
+        pytest.skip("has its rows already")
+
+
+def succeeded(name: str, side: str, measured: Measured | Exception, report_missing) -> Measured:
+    """What was measured; else a row that says why there is no time, and the end of the test."""
+    if not isinstance(measured, Exception):
+        return measured
+    missing = isinstance(measured, Missing)
+    report_missing(BENCH, name, side, DTYPE, str(measured) if missing else f"failed: {first_line(measured)}")
+    if missing:
+        pytest.skip(str(measured))
+    raise measured
 
 
 def first_line(error: Exception) -> str:
@@ -101,8 +105,7 @@ def first_line(error: Exception) -> str:
 def test_overhead(case, report, written):
     """A request's time outside of every model: tokens, pictures, connectors, noise, the host's work between them."""
     name = f"request outside of the models, {case}"
-    if written(BENCH, name, DTYPE):
-        pytest.skip("has its row already")
+    pass_over(name, (OURS,), written)
     samples, parts_s = request_bench().overhead(case)
     report(BENCH, name, OURS, DTYPE, samples, steps=SCALE.overhead_steps, parts_s=parts_s)
 
@@ -110,11 +113,8 @@ def test_overhead(case, report, written):
 @pytest.mark.parametrize("case, side", pairs(SCALE.request_cases, request_sides))
 def test_request(case, side, report, written, report_missing):
     name = f"request, {case}"
-    if written(BENCH, name, DTYPE) >= set(request_sides(case, LARGEST_PX)):
-        pytest.skip("has its rows already")
-    measured = request_of(case)[side]
-    if isinstance(measured, Exception):
-        give_reason(name, side, measured, report_missing)
+    pass_over(name, request_sides(case, LARGEST_PX), written)
+    measured = succeeded(name, side, request_of(case)[side], report_missing)
     more = {"steps": SCALE.num_steps, "peak_gib": measured.peak_gib, "attention": measured.attention}
     if measured.rooms_s:
         more["rooms_s"] = measured.rooms_s

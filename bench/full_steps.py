@@ -17,7 +17,7 @@ from peers import (
     run_diffusers,
     same_attention,
 )
-from residents import free, measure_once, own_bytes
+from residents import free, measure_once, own_bytes, without_frames
 from timing import Call, Samples, capture, interleave
 from torch import Tensor, nn
 
@@ -142,8 +142,10 @@ class StepBench:
                 error = relative_error(prediction, self.truths[case]) if case in self.truths else None
                 found[side] = Measured(Samples(""), peak, attention_kernels(plain), error)
                 calls[side] = call
+            except Missing as error:
+                found[side] = error.with_traceback(None)
             except Exception as error:  # one side that fails must not hide the others
-                found[side] = error
+                found[side] = without_frames(error)
         for side, samples in self._timed(calls).items():
             found[side].samples = samples
         return found

@@ -76,6 +76,6 @@ def measure(size_px: int) -> tuple[dict[str, Samples], dict[str, float], float]:
             results["theirs"] = peer.draw([picture], PROMPT, **settings)
 
     sides = {"ours": [edit_ours], "diffusers eager": [edit_theirs]}
-    samples = interleave(sides, rounds=5, sample_s=0.0, device=DEVICE, warmup=1)
+    samples = interleave(sides, rounds=9, sample_s=0.0, device=DEVICE, warmup=1)
     error = relative_error(results["ours"].latents, results["theirs"][0])
     return samples, results["ours"].timings, error

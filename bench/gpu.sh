@@ -88,7 +88,7 @@ describe_machine() {
 import platform, torch
 from importlib import metadata
 found = {}
-for name in ("torch", "triton", "transformers", "diffusers", "pybind11", "pytest", "pytest-benchmark", "setuptools"):
+for name in ("torch", "triton", "transformers", "diffusers", "deepspeed", "torchao", "pybind11", "pytest", "pytest-benchmark", "setuptools"):
     try:
         found[name] = metadata.version(name)
     except metadata.PackageNotFoundError:
@@ -130,9 +130,9 @@ section kernel_tests 110 "${PYTEST[@]}" "${PARALLEL[@]}" "${SOME[@]}" tests/test
 section gpu_tests 50 "${PYTEST[@]}" "${PARALLEL[@]}" -m gpu tests
 section steps 220 "${PYTEST[@]}" -k "gemm or step" bench/full_scale.py
 section requests 210 "${PYTEST[@]}" -k "request or overhead" bench/full_scale.py
-section ops 140 "${PYTEST[@]}" "${SOME[@]}" bench/ops.py
+section ops 130 "${PYTEST[@]}" "${SOME[@]}" bench/ops.py
 section ema 20 "${PYTEST[@]}" bench/ema.py
-section alone 50 "${PYTEST[@]}" bench/alone.py
+section alone 60 "${PYTEST[@]}" bench/alone.py
 section train_step 90 "${PYTEST[@]}" bench/train_step.py
 section dit_step 20 "${PYTEST[@]}" bench/dit_step.py
 section generate 20 "${PYTEST[@]}" bench/generate.py

@@ -1,6 +1,7 @@
 """Memory of one side among several that are on the device together."""
 
 import gc
+import traceback
 from collections.abc import Iterator
 
 import torch
@@ -49,6 +50,13 @@ def measure_once(call: Call, own: int, device: str, *, once: bool = False) -> tu
     result = call()
     torch.cuda.synchronize()
     return result, (own + torch.cuda.max_memory_allocated() - before) / 2**30
+
+
+def without_frames(error: Exception) -> Exception:
+    """An exception to keep: its traceback, which would keep models and tensors alive, is printed and taken away."""
+    traceback.print_exception(error)
+    error.__cause__ = error.__context__ = None
+    return error.with_traceback(None)
 
 
 def free() -> None:

@@ -19,7 +19,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
 ROWS_VARIABLE = "UNIWORLD_BENCH_ROWS"
-PACKAGES = ("torch", "triton", "transformers", "diffusers", "numpy")
+PACKAGES = ("torch", "triton", "transformers", "diffusers", "deepspeed", "torchao", "numpy")
 UNKNOWN, CHANGED = "unknown", "+changes"  # commits that do not name one state of the code
 KEY = ("bench", "case", "side", "dtype", "device")  # what makes two rows the same measurement
 

@@ -2,6 +2,7 @@
 
 import itertools
 import time
+import weakref
 from pathlib import Path
 from unittest import mock
 
@@ -171,6 +172,24 @@ def test_memory_of_one_side(bench):
     other.weight = torch.nn.Parameter(ours.weight.detach()[:3])  # a view: of the memory of ours
     assert own_bytes(ours) == own_bytes(ours, ours) == 4 * (48 + 6)
     assert own_bytes(ours, other) == 4 * (48 + 6 + 3)
+
+
+def test_a_failed_side_keeps_no_tensors(bench, capsys):
+    from residents import without_frames
+
+    kept = []
+
+    def fail():
+        tensor = torch.zeros(3)
+        kept.append(weakref.ref(tensor))
+        raise RuntimeError(f"shape {tuple(tensor.shape)}") from ValueError("inner")
+
+    try:
+        fail()
+    except RuntimeError as caught:
+        error = without_frames(caught)
+    assert str(error) == "shape (3,)" and error.__traceback__ is None and kept[0]() is None
+    assert "in fail" in capsys.readouterr().err
 
 
 def test_attention_that_ran_is_seen(bench):
