@@ -174,6 +174,27 @@ def test_memory_of_one_side(bench):
     assert own_bytes(ours, other) == 4 * (48 + 6 + 3)
 
 
+@pytest.mark.parametrize("once", [True, False])
+def test_peak_of_one_side_among_others(bench, monkeypatch, once):
+    """A device on which other sides hold 100 bytes, and each call needs 7 more, the first one 50 while it compiles."""
+    from residents import measure_once
+
+    peaks, calls = {"max": 0}, []
+
+    def call():
+        calls.append(peaks["max"])
+        peaks["max"] = max(peaks["max"], 100 + (50 if len(calls) == 1 else 7))
+        return len(calls)
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 100)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: peaks.update(max=100))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: peaks["max"])
+    result, peak_gib = measure_once(call, 30, "cuda", once=once)
+    assert (result, peak_gib * 2**30) == ((1, 30 + 50) if once else (2, 30 + 7))
+    assert measure_once(call, 30, "cpu")[1] is None
+
+
 def test_a_failed_side_keeps_no_tensors(bench, capsys):
     from residents import without_frames
 

@@ -1,9 +1,14 @@
 """bench/gpu.sh: its two calls hold every section, and their limits fit into the deadline."""
 
+import os
 import re
+import subprocess
 from pathlib import Path
 
-SCRIPT = (Path(__file__).resolve().parent.parent / "bench" / "gpu.sh").read_text(encoding="utf-8")
+import pytest
+
+PATH = Path(__file__).resolve().parent.parent / "bench" / "gpu.sh"
+SCRIPT = PATH.read_text(encoding="utf-8")
 DEADLINE_S = 530
 ON_REQUEST = {"cold_start", "tiny"}
 
@@ -25,3 +30,31 @@ def test_bench_files_of_sections_exist_and_are_collected():
     assert len(files) > 5
     for file in files:
         assert (root / file).is_file() and f'"{file}"' in collected, file
+
+
+@pytest.mark.parametrize(
+    "sections, expected",
+    [
+        ("models", "build steps requests dit_step generate"),
+        ("kernels", "build kernel_tests gpu_tests ops ema alone train_step region_mask"),
+        ("build requests", "build requests"),
+    ],
+)
+def test_sections_that_a_call_runs(tmp_path, sections, expected):
+    """With a stand-in for Python that says until when it may run, and fails in one section."""
+    python = tmp_path / "python"
+    python.write_text(
+        '#!/bin/sh\necho "until $UNIWORLD_BENCH_UNTIL now $(date +%s)"\ncase "$*" in *request*) exit 3;; esac\n'
+    )
+    python.chmod(0o755)
+    env = {key: value for key, value in os.environ.items() if key not in ("DEADLINE", "DRY_RUN", "WHEELS")}
+    env |= {"SECTIONS": sections, "PYTHON": str(python), "OUT": str(tmp_path / "out")}
+    done = subprocess.run(["bash", str(PATH)], env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    lines = (tmp_path / "out" / "summary.txt").read_text().splitlines()[1:-1]
+    rows = {line.split()[0]: line.split() for line in lines}
+    assert set(rows) == set(expected.split())
+    assert {name for name, row in rows.items() if row[1] != "0"} == {"requests"} & set(rows)
+    for name, row in rows.items():
+        until, now = int(row[row.index("until") + 1]), int(row[row.index("now") + 1])
+        assert 0 < until - now <= 220, name
