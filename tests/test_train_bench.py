@@ -61,6 +61,7 @@ def train_step(monkeypatch):
 def test_sides_that_do_not_fit_together_are_measured_in_smaller_groups(train_step, monkeypatch):
     """A card that holds less and less: the comparison is kept as long as it fits."""
     sizes = {"ours": 2, "ours, precomputed states": 0, "plain": 9, "plain, EMA of the trained alone": 3}
+    sizes[train_step.PLAIN_KEPT] = 1
 
     def measured_on(card):
         def run_sides(sides, stage, dtype, measured):
@@ -71,12 +72,12 @@ def test_sides_that_do_not_fit_together_are_measured_in_smaller_groups(train_ste
         monkeypatch.setattr(train_step, "run_sides", run_sides)
         return train_step.measure.__wrapped__("stage1", train_step.torch.float32)
 
-    all_sides = measured_on(14)
+    all_sides = measured_on(15)
     assert all_sides.groups == [train_step.SIDES] and all(map(all_sides.interleaved, train_step.SIDES))
     alone = measured_on(9)
     assert alone.groups == [train_step.COMPARED, ("plain",)] and not alone.failed
     assert alone.interleaved("ours") and not alone.interleaved("plain")
-    small = measured_on(5)
+    small = measured_on(6)
     assert small.groups == [train_step.COMPARED] and small.failed == {"plain": "out of memory"}
     smallest = measured_on(2)
     assert smallest.samples.keys() == {"ours", "ours, precomputed states"} and not smallest.interleaved("ours")
