@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from typing import Any
 from unittest import mock
 
 import torch
@@ -74,8 +75,8 @@ class RequestBench:
             try:
                 call, modules = self._call(side, case)
                 own = own_bytes(*modules)
-                (latents[side], rooms), peak = measure_once(call, own, self.device, once=side != PEER_COMPILED)
-                found[side] = Measured(Samples(""), peak, self.ours.attention.name, rooms_s=rooms or {})
+                (latents[side], more), peak = measure_once(call, own, self.device, once=side != PEER_COMPILED)
+                found[side] = Measured(Samples(""), peak, self.ours.attention.name, more=more)
                 calls[side] = call
             except Missing as error:
                 found[side] = error.with_traceback(None)
@@ -111,9 +112,9 @@ class RequestBench:
         draw = functools.partial(draw_ours, engine, images, settings | CACHES.get(side, {}))
         return draw, [*parts(self.model), engine.model.denoiser]
 
-    def _draw_theirs(self, pipeline, images: list, settings: dict) -> tuple[Tensor, None]:
+    def _draw_theirs(self, pipeline, images: list, settings: dict) -> tuple[Tensor, dict[str, Any]]:
         with same_attention(self.device, self.ours.attention.name):
-            return pipeline.draw(images, PROMPT, **settings)[0], None
+            return pipeline.draw(images, PROMPT, **settings)[0], {}
 
     def overhead(self, case: Case, rounds: int = 9) -> tuple[Samples, dict[str, float]]:
         """Seconds of a request outside of every model, and the median seconds in each; after one request unmeasured."""
@@ -182,8 +183,14 @@ def parts(model: UniWorld) -> list[nn.Module]:
     return [model.vlm, model.semantic_encoder, model.text_encoders, model.vae, *connectors]
 
 
-def draw_ours(engine: Engine, images: list, settings: dict) -> tuple[Tensor, dict[str, float]]:
-    """Latents and seconds by room, nothing known of earlier requests."""
+def draw_ours(engine: Engine, images: list, settings: dict) -> tuple[Tensor, dict[str, Any]]:
+    """Latents, and what goes into the row: seconds by room, how steps were taken, how many a step cache saved.
+
+    Nothing is known of earlier requests.
+    """
     engine.conditioner.cache = ConditioningCache()
     result = engine.edit(images, PROMPT, **settings) if images else engine.generate(PROMPT, **settings)
-    return result.latents, result.timings
+    more = {"rooms_s": result.timings, "graphs": result.graphs}
+    if result.step_cache is not None:
+        more["saved_steps"] = result.step_cache.num_saved
+    return result.latents, more

@@ -116,8 +116,7 @@ def test_request(case, side, report, written, report_missing):
     pass_over(name, request_sides(case, LARGEST_PX), written)
     measured = succeeded(name, side, request_of(case)[side], report_missing)
     more = {"steps": SCALE.num_steps, "peak_gib": measured.peak_gib, "attention": measured.attention}
-    if measured.rooms_s:
-        more["rooms_s"] = measured.rooms_s
+    more |= measured.more
     if measured.error is not None:
         more |= {"error": measured.error, "error_is": "final latents, relative to diffusers eager"}
     report(BENCH, name, side, DTYPE, measured.samples, **more)

@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from full_cases import Case, Scale, step_inputs
@@ -59,14 +60,14 @@ class Measured:
     """Of one side.
 
     peak_gib: its own weights and what a call needs; attention: of a step what was seen to run, of a request the DiT's
-    backend in ours, which the peers are given too; rooms_s: of a request of ours.
+    backend in ours, which the peers are given too; more: what a request of ours says of itself.
     """
 
     samples: Samples
     peak_gib: float | None
     attention: str
     error: float | None = None
-    rooms_s: dict[str, float] = field(default_factory=dict)
+    more: dict[str, Any] = field(default_factory=dict)
 
 
 class StepBench:

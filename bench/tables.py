@@ -136,7 +136,8 @@ def region_mask_table(rows: list[Row]) -> str:
 
 def full_scale_table(rows: list[Row]) -> str:
     """Steps and requests; a side that was not measured says why."""
-    header = ("case", "side", "median, ms", "samples", "TFLOP/s", "of the GEMM rate", "peak, GiB", "attention", "error")
+    header = ("case", "side", "median, ms", "samples", "TFLOP/s", "of the GEMM rate", "peak, GiB", "attention")
+    header = (*header, "steps saved", "error")
     lines = []
     for row in rows:
         if "missing" in row:
@@ -152,6 +153,7 @@ def full_scale_table(rows: list[Row]) -> str:
                 number(row, "of_gemm", "{:.2f}"),
                 number(row, "peak_gib", "{:.1f}"),
                 row.get("attention", "-"),
+                f"{row['saved_steps']} of {row['steps']}" if "saved_steps" in row else "-",
                 number(row, "error", "{:.1e}"),
             )
         )

@@ -79,7 +79,10 @@ def test_every_step(bench, scale, steps):
 def test_every_request(bench, scale, drawn):
     for case, found in drawn.items():
         check(bench, found, bench.request_sides(case, 64))
-        assert found["ours"].rooms_s.keys() >= {"condition", "denoise", "decode"}
+        ours, taylor = found["ours"].more, found.get("ours, taylor cache")
+        assert ours["rooms_s"].keys() >= {"condition", "denoise", "decode"} and ours["graphs"].startswith("eager: ")
+        assert taylor is None or taylor.more["saved_steps"] == 1
+        assert found["the authors' flow"].more == {}
 
 
 def test_rows_are_written_as_the_tests_write_them(bench, steps, drawn, monkeypatch):
