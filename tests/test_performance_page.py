@@ -69,6 +69,9 @@ def test_copying_and_products_are_measured(bench):
     assert copied.amount == 2 * 2**16 and product.amount == 2 * 32**3
     assert copied.figures() == {"gb_s": copied.rate / 1e9} and product.figures() == {"tflop_s": product.rate / 1e12}
     assert len(copied.samples.seconds) == 9 and ceilings.fp8_gemm("cpu") is None
+    a, b = (torch.randn(32, 32).to(torch.float8_e4m3fn) for _ in range(2))
+    found = ceilings.fp8_product(a, b, torch.full((32, 1), 2.0))  # each row of both twice as large
+    torch.testing.assert_close(found.float(), 4 * a.float() @ b.float().t(), rtol=1e-2, atol=1e-2)
 
 
 def full_scale_row(case, side, **more):
