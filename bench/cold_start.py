@@ -19,9 +19,12 @@ import torch
 from full_cases import FULL, TOY, Case, noise_pictures
 from full_model import random_uniworld, write_tokenizers
 from full_requests import PROMPT, parts
+from peers import MISSING
 from residents import free, own_bytes
 from timing import Samples
 from torch import nn
+
+pytest.importorskip("diffusers", reason=f"{MISSING}; the VAE needs it")
 
 from uniworld.checkpoint import tiny_configs
 from uniworld.checkpoint.save import save_module, save_uniworld, with_prefix, write_json

@@ -3,7 +3,7 @@
 Cases are measured one after the other, the most wanted first, each with its sides in turn; its rows are written before
 the next case starts, and a case whose rows are there already, of this commit and device, is passed over.
 `UNIWORLD_BENCH_SIZE=tiny` runs the same code at the size of `tiny` on any device: a dry run, whose rows are marked so.
-Without diffusers the DiT steps of ours are still measured, and whole requests of ours.
+Without diffusers the DiT steps of ours are still measured; requests need its VAE.
 """
 
 import functools
@@ -14,7 +14,8 @@ import pytest
 import torch
 from full_cases import FULL, TOY, Case
 from full_requests import OURS, OUTSIDE, RequestBench, request_sides
-from full_steps import Measured, Missing, StepBench, step_sides
+from full_steps import Measured, Missing, StepBench, has_diffusers, step_sides
+from peers import MISSING
 from residents import free
 
 CUDA = torch.cuda.is_available()
@@ -101,6 +102,10 @@ def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:160]
 
 
+needs_vae = pytest.mark.skipif(not has_diffusers(), reason=f"{MISSING}; requests need its VAE")
+
+
+@needs_vae
 @pytest.mark.parametrize("case", SCALE.request_cases[:2], ids=str)
 def test_overhead(case, report, written):
     """A request's time outside of every model: tokens, pictures, connectors, noise, the host's work between them."""
@@ -112,6 +117,7 @@ def test_overhead(case, report, written):
     report(BENCH, name, OURS, DTYPE, samples, **more)
 
 
+@needs_vae
 @pytest.mark.parametrize("case, side", pairs(SCALE.request_cases, request_sides))
 def test_request(case, side, report, written, report_missing):
     name = f"request, {case}"
