@@ -1,8 +1,8 @@
-"""A vision tower whose attention starts local: what convolutions have from the start, transformers learn from many pictures.
+"""A vision tower whose attention starts local: transformers need many pictures to learn what convolutions start with.
 
-Source: d'Ascoli et al., 2021, "ConViT", section 3, where heads start as the cells of a convolution. There positions have
-weights of their own; here the rotary embedding does it: queries and keys that are the same everywhere, but for a turn,
-attend by distance alone.
+Source: d'Ascoli et al., 2021, "ConViT", section 3, where heads start as the cells of a convolution. There, positions
+have weights of their own; here the rotary embedding does it: queries and keys that are the same everywhere, but for a
+turn, attend by distance alone.
 """
 
 import math
