@@ -271,7 +271,9 @@ def test_a_layer_that_knows_reads_everything_rightly():
     nn.init.ones_(head.norm.weight)
     first, _ = head(states, labels)
     by_hand = sum(math.log(n) for n in dense.POINT_CLASSES) + np.mean([math.log(n) for n in dense.SCENE_CLASSES])
-    by_hand += float(labels["surface"].square().sum(-1).mean())
+    by_hand += dense.EMPTY_WEIGHT * sum(math.log(n) for n in dense.POINT_CLASSES)
+    there, errors = labels["points"][..., 0] > 0, labels["surface"].square().sum(-1)
+    by_hand += float(errors[there].mean() + dense.EMPTY_WEIGHT * errors[~there].mean())
     assert float(first.detach()) == pytest.approx(by_hand, rel=1e-5)
     optimizer = torch.optim.AdamW([states, *head.parameters()], lr=0.03)
     for _ in range(80):
@@ -298,13 +300,13 @@ def test_the_vision_tower_looks_first(words, tmp_path):
     changes = [f"run_dir={tmp_path}", f"words={words}", "look_items=4", "num_checked=4", "size_px=64"]
     part = make_part(load_part_config(ROOT / "configs" / "tiny" / "vlm.yaml", changes))
     looked, told = part.make(range(4)), part.make(range(4, 8))
-    assert "input_ids" not in looked and looked["points"].shape == (4, 32, 32, 4)
+    assert "input_ids" not in looked and looked["points"].shape == (4, 24, 24, 4)
     logged = overfit(part, looked, num_steps=25, lr=2e-3)
     assert logged[-1][0] < 0.5 * logged[0][0], logged[::5]
     part.loss(looked, torch.Generator())[0].backward()
     learned = [name for name, p in part.module.named_parameters() if p.grad is not None]
     assert learned and all(name.startswith(("vlm.model.visual.", "dense.")) for name in learned)
-    assert told["labels"].max() >= 0 and told["points"].shape[1:] == (32, 32, 4)
+    assert told["labels"].max() >= 0 and told["points"].shape[1:] == (24, 24, 4)
 
 
 @pytest.fixture(scope="module")

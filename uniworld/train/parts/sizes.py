@@ -1,8 +1,7 @@
 """Sizes of the trained `tiny`: what changes of the configs in `tiny_configs`.
 
 All parts together hold fewer than 15 M parameters, so that the package ships them in bf16 in under 30 MB. Pictures are
-128 px: 16x16 latents, 64 tokens of the DiT. The VLM sees them at 224 px, 64 tokens: at 168 px its patches hold half a
-thing each, and it learned shapes half as fast.
+128 px: 16x16 latents, 64 tokens of the DiT; the VLM sees them at 168 px, 36 tokens.
 """
 
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from uniworld.checkpoint import tiny_configs
 
 SIZE_PX = 128
-VLM_PX = 224 * 224
+VLM_PX = 168 * 168
 HIDDEN = 192  # of the VLM, and width of the DiT's text
 
 VAE: dict[str, Any] = tiny_configs.VAE | {"block_out_channels": [16, 32, 64, 64], "sample_size": SIZE_PX}

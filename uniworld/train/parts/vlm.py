@@ -42,7 +42,6 @@ from uniworld.models.vision_processor import VisionProcessor
 from uniworld.models.vlm import VisionLanguageModel
 from uniworld.train.parts.config import PartConfig
 from uniworld.train.parts.dense import DenseHead, dense_labels
-from uniworld.train.parts.local_start import start_local
 from uniworld.train.parts.sizes import PREPROCESSOR, VLM_PX, qwen_config
 from uniworld.train.parts.words import caption, open_tokenizers, read_ids
 
@@ -69,7 +68,6 @@ class VisionLanguage:
         tokenizer = load_tokenizer(words, "Qwen2Tokenizer")
         self.processor = PromptProcessor(tokenizer, VisionProcessor(PREPROCESSOR))
         self.vlm = VisionLanguageModel.from_config(qwen_config(read_ids(words, "qwen")))
-        start_local(self.vlm.model.model.visual)
         head = DenseHead(self.vlm.hidden_size, POINTS_PER_SIDE)
         self.module: nn.Module = nn.ModuleDict({"vlm": self.vlm.model.requires_grad_(True), "dense": head})
         self.vlm.model.model.visual.register_forward_hook(self._keep_seen)
