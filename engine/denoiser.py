@@ -5,9 +5,9 @@ from torch import Tensor
 
 from uniworld.engine.graphs import GraphSteps, StepGraphs
 from uniworld.engine.parallel import NO_CACHE, ParallelFlux
-from uniworld.engine.quantize import MeasuredSteps, StepErrors
 from uniworld.engine.request import Job, Request, StepInfo
 from uniworld.engine.step_cache import predictor
+from uniworld.engine.step_errors import MeasuredSteps, StepErrors
 from uniworld.engine.steps import DiT, EagerSteps, PreparedBatch, PreparedPass
 from uniworld.models import flow
 from uniworld.models.conditioning import Conditioning
@@ -23,7 +23,7 @@ class Denoiser:
         graphs: StepGraphs | None = None,
         errors: StepErrors | None = None,
     ):
-        """errors: where those of a quantized model are asked for; `graphs` must then be forbidden."""
+        """errors: where they are asked for; if of every step, `graphs` must be forbidden."""
         self.model = model
         self.shift = shift or {}
         self.graphs = StepGraphs() if graphs is None else graphs
@@ -54,7 +54,7 @@ class Denoiser:
         if not why:
             return self.graphs.steps(prepared)
         predict = predictor(prepared, request)
-        if self.errors is not None:
+        if self.errors is not None and (self.errors.every_step or request.cache is not None):
             predict = MeasuredSteps(predict, self.errors, prepared, [job.step_errors for job in batch])
         return EagerSteps(prepared, predict, why)
 

@@ -22,9 +22,9 @@ from uniworld.engine.loading import load_for_engine
 from uniworld.engine.lora import LoraMethods
 from uniworld.engine.offload import place, streamed_modules, turns_of
 from uniworld.engine.parallel import ParallelFlux
-from uniworld.engine.quantize import StepErrors
 from uniworld.engine.request import DrawingSettings, Job, Request, Result, draw_seed
 from uniworld.engine.scheduler import Scheduler
+from uniworld.engine.step_errors import StepErrors
 from uniworld.kernels.attention_backends import choose_backend
 from uniworld.models.image_size import output_size
 from uniworld.models.images import read_image
@@ -63,7 +63,7 @@ class Engine(LoraMethods):
                 True raises where there is no CUDA device or recording fails, False never records.
             compile, sequence_parallel: as for `from_pretrained`. progress: say on stderr how long compiling took.
             offload: as for `from_pretrained`; the model is then the engine's alone.
-            errors: the measure of a quantized DiT's errors, which gives `Result.step_errors`.
+            errors: the measure of the steps' errors, which gives `Result.step_errors`.
         """
         self.model = model
         self._parts = place(model, offload)
@@ -81,7 +81,7 @@ class Engine(LoraMethods):
             model.device,
             parallel=self.parallel is not None,
             offload=offload,
-            report_error=errors is not None,
+            report_error=errors is not None and errors.every_step,
         )
         self.denoiser = Denoiser(self.parallel or model.denoiser, asdict(model.time_shift), graphs, errors)
         if compile:
@@ -127,12 +127,17 @@ class Engine(LoraMethods):
             quantize: "fp8" (e4m3, sm_89 and newer, or a CPU) or "nf4" (bitsandbytes) for the linears of the DiT's
                 blocks, apart from modulation.
             quantize_exclude: globs over the names of weights that stay as they are, `transformer_blocks.0.*` for one.
-            report_error: keep the unquantized blocks too, and give `Result.step_errors`.
+            report_error: give `Result.step_errors`, against all unquantized blocks on the same inputs: of every step
+                with `quantize`, which keeps those blocks too, without it of the steps of requests with a step cache.
             offload: "modulation", "parts" or "cpu": what waits in host memory, see `uniworld.engine.offload`.
         """
         on = default_device() if device is None else torch.device(device)
         graphs_for_engine(  # raises before anything is loaded
-            cuda_graphs, on, parallel=sequence_parallel is not None, offload=offload, report_error=report_error
+            cuda_graphs,
+            on,
+            parallel=sequence_parallel is not None,
+            offload=offload,
+            report_error=report_error and quantize is not None,
         )
         loaded, errors = load_for_engine(
             model,

@@ -8,7 +8,8 @@ import torch
 from uniworld.checkpoint.load import TINY, load_uniworld
 from uniworld.checkpoint.precision import checked_dtype, default_device, default_dtype
 from uniworld.engine.offload import check_offload, host_parts, reaches
-from uniworld.engine.quantize import StepErrors, check_quantize, quantized_copy
+from uniworld.engine.quantize import check_quantize, quantized_copy
+from uniworld.engine.step_errors import StepErrors
 from uniworld.models.unified import UniWorld
 
 
@@ -24,7 +25,7 @@ def load_for_engine(
     progress: bool,
     **load: Any,
 ) -> tuple[UniWorld, StepErrors | None]:
-    """`load_uniworld`, with the DiT quantized where asked; gives the measure of its error where asked.
+    """`load_uniworld`, with the DiT quantized where asked; gives the measure of the steps' errors where asked.
 
     Weights that are quantized or offloaded are left in host memory, from where `offload.place` takes them.
     """
@@ -32,15 +33,13 @@ def load_for_engine(
     dtype = checked_dtype(dtype or default_dtype(device, tiny=model == TINY))
     check_offload(offload)
     check_quantize(quantize, device, dtype, quantize_exclude)
-    if report_error and quantize is None:
-        raise ValueError("report_error=True: only has an effect with quantize")
     in_host = {*host_parts(offload), *(["denoiser"] if quantize else [])}
     loaded = load_uniworld(model, device=device, dtype=dtype, progress=progress, in_host=in_host, **load)
     if quantize is None:
-        return loaded, None
+        return loaded, StepErrors(loaded.denoiser) if report_error else None
     exact = loaded.denoiser
     home = torch.device("cpu") if reaches(offload, "cpu") else device
     loaded.denoiser = quantized_copy(
         exact, quantize, exclude=quantize_exclude, compute=device, home=home, progress=progress
     )
-    return loaded, StepErrors(exact, device) if report_error else None
+    return loaded, StepErrors.of_quantized(exact, device) if report_error else None

@@ -226,11 +226,11 @@ class LoraMethods:
             scale: what its products are multiplied by, beside the alpha / rank of the file.
 
         Raises:
-            ValueError: the name is taken, the file does not fit this DiT (keys and shapes are listed), or errors are
-                reported.
+            ValueError: the name is taken, the file does not fit this DiT (keys and shapes are listed), or errors of a
+                quantized DiT are reported.
             FileNotFoundError: no such file or repository.
         """
-        if self.denoiser.errors is not None:
+        if self.denoiser.errors is not None and self.denoiser.errors.every_step:
             raise ValueError(f"load_lora: {NO_ERRORS}")
         return self._changing().load(path_or_id, name, scale)
 

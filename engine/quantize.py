@@ -6,14 +6,10 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from uniworld.checkpoint.progress import byte_progress
-from uniworld.engine.offload import weights_of
-from uniworld.engine.request import StepCacheReport
-from uniworld.engine.steps import Predictor, PreparedBatch
 from uniworld.kernels.fp8_linear import MULTIPLE
-from uniworld.models.blocks import Rope
 from uniworld.models.flux import FluxTransformer
 from uniworld.models.quantized import NF4_BLOCK, Fp8Linear, Nf4Linear
 
@@ -108,40 +104,3 @@ def quantized_linear(
     if not weight.is_meta:
         made.fill(weight.to(compute or weight.device), bias)
     return made
-
-
-class StepErrors:
-    """Compares the velocity of each step with that of the unquantized DiT on the same latents, text and modulation."""
-
-    def __init__(self, exact: FluxTransformer, device: torch.device):
-        self.exact = exact
-        for weight in weights_of([exact], without=exact.modulation_linears()):
-            weight.put(weight.value.to(device))
-
-    def measure(
-        self, velocity: Tensor, latents: Tensor, txt: Tensor, modulation: Tensor, pe: Rope, lengths: tuple | None
-    ) -> Tensor:
-        """||v - v_exact|| / ||v_exact|| of every sample, [B] fp32; the arguments of `FluxTransformer.denoise`."""
-        truth = self.exact.denoise(latents, txt, modulation, pe, lengths).float().flatten(1)
-        return (velocity.float().flatten(1) - truth).norm(dim=1) / truth.norm(dim=1)
-
-
-class MeasuredSteps:
-    """A predictor whose conditioned velocity is measured in every step."""
-
-    def __init__(
-        self, predict: Predictor, errors: StepErrors, batch: PreparedBatch, step_errors: Sequence[list[Tensor]]
-    ):
-        """step_errors: of each job, where the errors of its steps are put."""
-        self.predict, self.errors, self.batch, self.step_errors = predict, errors, batch, step_errors
-
-    def __call__(self, latents: Tensor, step: int) -> list[Tensor]:
-        velocities, prepared = self.predict(latents, step), self.batch.passes[0]
-        row, pe, lengths = prepared.table[step], self.batch.pe, prepared.txt_lengths
-        measured = self.errors.measure(velocities[0], latents, prepared.txt, row, pe, lengths)
-        for of_job, error in zip(self.step_errors, measured):
-            of_job.append(error)
-        return velocities
-
-    def reports(self) -> list[StepCacheReport | None]:
-        return self.predict.reports()

@@ -14,7 +14,8 @@ from uniworld.engine.denoiser import Denoiser
 from uniworld.engine.graphs import graphs_for_engine
 from uniworld.engine.lora import Loras
 from uniworld.engine.offload import Stream, place, streamed_modules, turns_of
-from uniworld.engine.quantize import StepErrors, quantized_copy
+from uniworld.engine.quantize import quantized_copy
+from uniworld.engine.step_errors import StepErrors
 from uniworld.models.queries import LearnedQueries
 
 CAT = Path(__file__).resolve().parent.parent / "examples" / "cat.jpg"
@@ -130,7 +131,7 @@ def test_errors_are_those_of_each_job_and_step():
 
     plain = draw(make_denoiser(model=model), *jobs())
     steps = {seed: [info.latents for info in infos] for seed, infos in seen.items()}
-    measured = draw(Denoiser(model, errors=StepErrors(exact, CPU)), *jobs())
+    measured = draw(Denoiser(model, errors=StepErrors.of_quantized(exact, CPU)), *jobs())
     for index, (job, expected) in enumerate(zip(measured, plain)):
         assert torch.equal(job.latents, expected.latents) and expected.step_errors == []
         prepared = make_denoiser(model=exact)._prepare([job])
@@ -195,6 +196,14 @@ def test_errors_are_not_reported_with_a_lora(tmp_path):
     engine = Engine.from_pretrained("tiny", device="cpu", progress=False, quantize="fp8", report_error=True)
     with pytest.raises(ValueError, match="^load_lora: with report_error steps are held against a DiT without LoRA"):
         engine.load_lora(factors(tmp_path, engine.model.denoiser.config.dim))
+
+
+def test_errors_of_a_step_cache_are_reported_with_a_lora(tmp_path):
+    """The DiT that steps are held against is the one that draws, and has the LoRA too; also where its weights wait."""
+    engine = Engine.from_pretrained("tiny", device="cpu", progress=False, report_error=True, offload="cpu")
+    engine.load_lora(factors(tmp_path, engine.model.denoiser.config.dim))
+    result = engine.generate("a cat", **FAST, cache="taylor", cache_order=0)
+    assert result.step_errors[0] == 0 < result.step_errors[1]
 
 
 def test_all_at_once(tmp_path):

@@ -9,7 +9,8 @@ from torch import nn
 
 from uniworld.engine import Engine
 from uniworld.engine import quantize as quantize_module
-from uniworld.engine.quantize import StepErrors, check_quantize, fits, quantizable, quantized_copy
+from uniworld.engine.quantize import check_quantize, fits, quantizable, quantized_copy
+from uniworld.engine.step_errors import StepErrors
 from uniworld.models.quantized import Fp8Linear, Nf4Linear
 
 CPU = torch.device("cpu")
@@ -142,7 +143,7 @@ def test_step_errors_are_relative_norms():
     truth = ours.denoise(*arguments)
     off = truth.clone()
     off[0] *= 1.25
-    errors = StepErrors(ours, CPU).measure(off, *arguments)
+    errors = StepErrors(ours).measure(off, *arguments)
     torch.testing.assert_close(errors, torch.tensor([0.25, 0.0]))
 
 
@@ -157,6 +158,14 @@ def test_the_engine_reports_the_error_of_every_step():
     same = Engine.from_pretrained("tiny", progress=False, quantize="fp8", quantize_exclude=["*"], report_error=True)
     excluded = same.generate("a cat", **FAST)
     assert excluded.step_errors == [0.0] * 3 and torch.equal(excluded.latents, plain.latents)
+
+
+def test_the_engine_reports_the_error_of_a_step_cache_without_quantization():
+    engine = Engine.from_pretrained("tiny", progress=False, device="cpu", report_error=True)
+    assert engine.generate("a cat", **FAST).step_errors == []
+    result = engine.generate("a cat", **FAST, cache="taylor", cache_order=0)
+    assert result.step_cache.computed == (True, False, False)
+    assert result.step_errors[0] == 0 < min(result.step_errors[1:])
 
 
 def test_fp8_batches_equal_single_requests():
@@ -175,7 +184,6 @@ def test_fp8_batches_equal_single_requests():
     [
         ({"quantize": "int8"}, "^quantize='int8': must be one of fp8, nf4"),
         ({"quantize_exclude": ["*"]}, "^quantize_exclude=.*only has an effect with quantize"),
-        ({"report_error": True}, "^report_error=True: only has an effect with quantize"),
         ({"quantize": "fp8", "quantize_exclude": ["blocks.*"]}, "^quantize_exclude='blocks.*matches no weight"),
         ({"quantize": "fp8", "dtype": "float64"}, "^dtype=float64: must be bfloat16 or float32 with quantize"),
         ({"offload": "disk"}, "^offload='disk': must be one of modulation, parts, cpu"),

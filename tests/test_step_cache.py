@@ -7,9 +7,11 @@ import pytest
 import torch
 from denoise_jobs import draw, make_denoiser, make_dit, make_job
 
+from uniworld.engine.denoiser import Denoiser
 from uniworld.engine.request import Request
 from uniworld.engine.scheduler import Scheduler
 from uniworld.engine.step_cache import extrapolate
+from uniworld.engine.step_errors import StepErrors
 from uniworld.models import flow
 
 NUM_STEPS = 10
@@ -221,6 +223,47 @@ def test_extrapolation_is_exact_for_polynomials():
         value = lambda s: (1 + x) * s**degree - x * s  # noqa: E731, B023
         used = points[-max(degree, 1) - 1 :]
         torch.testing.assert_close(extrapolate(used, [value(p) for p in used], 0.4), value(0.4), atol=2e-6, rtol=2e-6)
+
+
+LOSSY = [{"cache": "first_block", "cache_threshold": 0.57}, {"cache": "taylor", "cache_interval": 2}]
+LOSSLESS = [{"cache": "first_block", "cache_threshold": 0.0}, {"cache": "taylor", "cache_interval": 1}]
+
+
+def draw_measured(*jobs):
+    model = make_dit()
+    return draw(Denoiser(model, errors=StepErrors(model)), *jobs)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("cache", LOSSY, ids=str)
+def test_errors_are_those_against_all_blocks_of_diffusers(theirs, cache):
+    """The velocities are read off the latents of neighbouring steps."""
+    seen = {1: [], 2: []}
+    settings = [{"seed": seed, "on_step": lambda info, seed=seed: seen[seed].append(info.latents)} for seed in seen]
+    for job in draw_measured(*(make_job(num_txt=4 + 3 * s["seed"], **s, **SLOW, **cache) for s in settings)):
+        reference = Reference(theirs, job)
+        latents = [flow.initial_noise(job.seed, job.height, job.width, 4), *seen[job.seed]]
+        assert len(job.step_errors) == NUM_STEPS and 0 < job.step_cache.num_saved < NUM_STEPS
+        for step, (error, computed) in enumerate(zip(job.step_errors, job.step_cache.computed)):
+            sigma, following = reference.sigmas[step : step + 2]
+            img, txt, temb, rope = reference.begin(job.conditioning, latents[step], sigma)
+            truth = reference.head(reference.blocks(img, txt, temb, rope, reference.all_blocks)[0], temb)
+            velocity = (latents[step + 1] - latents[step]) / (following - sigma)
+            assert float(error) == pytest.approx(float((velocity - truth).norm() / truth.norm()), rel=1e-2, abs=1e-4)
+            assert (float(error) < 1e-5) if computed else (float(error) > 1e-2)
+
+
+@pytest.mark.parametrize("cache", LOSSLESS, ids=str)
+def test_the_error_of_what_leaves_nothing_out_is_zero(cache):
+    for job in draw_measured(*(make_job(seed, 4 + seed, **SLOW, **cache) for seed in (1, 2))):
+        assert job.step_errors == [0.0] * NUM_STEPS
+
+
+def test_errors_change_no_bit_and_cost_nothing_without_a_cache():
+    for settings in (LOSSY[0], {}):
+        (measured,), (plain,) = draw_measured(make_job(1, **settings)), draw(make_denoiser(), make_job(1, **settings))
+        assert torch.equal(measured.latents, plain.latents) and plain.step_errors == []
+        assert bool(measured.step_errors) == bool(settings)
 
 
 def test_a_cancelled_job_reports_the_steps_that_ran():

@@ -149,7 +149,7 @@ def load_engine(load: LoadOptions, use_t5: bool | None, report: ReportOptions) -
     silence_libraries()
     start = time.perf_counter()
     loras = [parse_lora(text) for text in load.lora or ()]
-    if loras and load.report_error:
+    if loras and load.report_error and load.quantize:
         raise ValueError(f"--lora {load.lora[0]}: {NO_ERRORS}")
     files = [find_file(path) for path, _ in loras]
     device, group = checked_device(load.device), None
@@ -269,7 +269,7 @@ def print_drawn(console: Console, result: "Result") -> None:
     console.print(f"{result.width}x{result.height} px, {steps}, seed {result.seed}, {seconds:.1f} s")
     if result.step_errors:
         errors = " ".join(f"{error:.1e}" for error in result.step_errors)
-        console.print(f"error of each step against the unquantized DiT: {errors}")
+        console.print(f"error of each step against all blocks, unquantized: {errors}")
 
 
 def print_timings(console: Console, timings: dict[str, float], num_inference_steps: int | None = None) -> None:

@@ -101,7 +101,7 @@ class LoadOptions:
         bool,
         typer.Option(
             "--report-error",
-            help="With --quantize: also run the unquantized DiT, and show how far each step is off.",
+            help="With --quantize or --cache: also run all blocks, unquantized, and show how far each step is off.",
             rich_help_panel=MODEL_PANEL,
         ),
     ] = False
