@@ -8,8 +8,11 @@ from uniworld.models.vae import ImageAutoencoder, to_pil
 
 
 class Decoder:
-    def __init__(self, vae: ImageAutoencoder):
+    def __init__(self, vae: ImageAutoencoder, device: torch.device):
+        """device: where it will run; its weights may wait elsewhere. To be made before what moves weights about."""
         self.vae = vae
+        if device.type == "cuda":
+            vae.use_channels_last()
 
     @torch.inference_mode()
     def run(self, batch: list[Job]) -> None:

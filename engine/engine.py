@@ -66,6 +66,7 @@ class Engine(LoraMethods):
             errors: the measure of the steps' errors, which gives `Result.step_errors`.
         """
         self.model = model
+        self.decoder = Decoder(model.vae, model.device)
         self._parts = place(model, offload)
         self._streamed = streamed_modules(turns_of(model.denoiser, offload))
         head_dim = model.denoiser.config.attention_head_dim
@@ -87,7 +88,6 @@ class Engine(LoraMethods):
         if compile:
             compile_blocks(model.denoiser)
             warm_up(self.denoiser.model, told=progress)
-        self.decoder = Decoder(model.vae)
 
     @classmethod
     def from_pretrained(

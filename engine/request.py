@@ -229,7 +229,7 @@ class Result:
     graphs: whether steps were replayed as a CUDA graph: "graph", "graph, recorded for this shape" or "eager: " and why.
     step_cache: what step caching left out, where it was asked for.
     step_errors: with `report_error`, ||v - v_exact|| / ||v_exact|| of each step: the velocity against that of all
-        blocks of the unquantized DiT on the same latents. Else empty, and where neither quantization nor a step cache is.
+        blocks of the unquantized DiT on the same latents. Else empty, or where neither quantization nor a cache is.
     """
 
     images: list[Image.Image]
