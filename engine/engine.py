@@ -72,7 +72,7 @@ class Engine(LoraMethods):
         head_dim = model.denoiser.config.attention_head_dim
         self.attention = choose_backend(attention, device=model.device, dtype=model.dtype, head_dim=head_dim)
         for denoiser in (model.denoiser, *([] if errors is None else [errors.exact])):
-            denoiser.attention_backend = self.attention.name
+            denoiser.attention_backend = self.attention
         self.scheduler = Scheduler(max_batch_size)
         self._unclaimed: dict[int, Result] = {}  # of submitted requests, finished in the batches of a `run`
         self.conditioner = Conditioner(model, parts=self._parts)

@@ -4,10 +4,12 @@ Letters: B batch, S tokens, H heads, Dh head channels.
 """
 
 import importlib
+import importlib.util
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache, lru_cache
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +36,9 @@ AUTO_ORDER = {
     9: ("flash3", "flash4", "cudnn", "flash2", "flash_sdpa", "xformers", "sdpa"),
     10: ("flash4", "cudnn", "flash2", "flash_sdpa", "xformers", "sdpa"),
 }
+# The same for batches of unequal lengths on a CUDA device, among those that take one in one call (cuDNN does not: it
+# runs once a sample). Libraries before our kernel, which is simpler than theirs; not measured here yet.
+RAGGED_ORDER = ("flash3", "flash2", "flash_sdpa", "xformers", "triton")
 SDPA_BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "flash_sdpa": SDPBackend.FLASH_ATTENTION,
@@ -43,10 +48,14 @@ SDPA_BACKENDS = {
 
 @dataclass(frozen=True)
 class AttentionChoice:
-    """The backend that attention uses, and why it was chosen."""
+    """The backend that attention uses, and why it was chosen.
+
+    ragged: what serves a batch of unequal lengths in one call, where no gradient is needed; "": `name`, once a sample.
+    """
 
     name: str
     why: str
+    ragged: str = ""
 
 
 @cache
@@ -111,6 +120,17 @@ def why_not_auto(name: str) -> str:
     return ""
 
 
+def why_not_ragged(name: str, device: torch.device) -> str:
+    """Why a backend that runs cannot take a batch of unequal lengths in one call; "" where it can."""
+    if name not in RAGGED and name != "triton":
+        return "has no call for unequal lengths"
+    if name == "flash_sdpa" and device.type != "cuda":
+        return "has none on a CPU"
+    if name == "flash_sdpa" and importlib.util.find_spec("torch.nn.attention.varlen") is None:
+        return "needs torch 2.10 or newer"
+    return ""
+
+
 def available_backends(device: torch.device | str) -> dict[str, str]:
     """Every backend, with "" where it runs on this device and else the reason why not."""
     device = torch.device(device)
@@ -141,13 +161,17 @@ def choose_backend(requested: str, device: torch.device | str, dtype: torch.dtyp
         if why := reason(requested):
             usable = ", ".join(name for name in BACKENDS if not reason(name))
             raise ValueError(f"attention={requested!r}: {why}; available on {device}: {usable}")
-        return AttentionChoice(requested, "requested")
+        return AttentionChoice(requested, "requested", "" if why_not_ragged(requested, device) else requested)
     order = AUTO_ORDER.get(min(capability(device), 10), ("sdpa",))
     passed = []
     for name in order:
         if not (why := reason(name) or why_not_auto(name)):
             skipped = f" ({'; '.join(passed)})" if passed else ""
-            return AttentionChoice(name, f"first of {', '.join(order)} that runs here{skipped}")
+            in_half = device.type == "cuda" and dtype != torch.float32  # in fp32 no library runs, and our kernel spills
+            ragged = RAGGED_ORDER if in_half else (name,)
+            one_call = (other for other in ragged if not (reason(other) or why_not_ragged(other, device)))
+            why = f"first of {', '.join(order)} that runs here{skipped}"
+            return AttentionChoice(name, why, next(one_call, ""))
         passed.append(f"{name}: {why}")
     raise AssertionError(f"sdpa runs everywhere, so {order} must hold it")
 
@@ -186,6 +210,29 @@ def attend_ragged_flash3(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ..
     return (out[0] if isinstance(out, tuple) else out).view(q.shape)
 
 
+def attend_ragged_flash2(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...]) -> Tensor:
+    """As `attend_segments`, by flash-attn 2."""
+    return attend_segments(importlib.import_module("flash_attn").flash_attn_varlen_func, q, k, v, lengths)
+
+
+def attend_ragged_torch(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...]) -> Tensor:
+    """As `attend_segments`, by the flash kernel inside torch."""
+    return attend_segments(importlib.import_module("torch.nn.attention.varlen").varlen_attn, q, k, v, lengths)
+
+
+def attend_segments(varlen: Callable, q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...]) -> Tensor:
+    """One call in which the tokens of a sample and its padding are sequences of their own: nothing is copied together.
+
+    The padding's rows come out as what its tokens make of each other.
+    """
+    B, S = q.shape[:2]
+    starts = sorted({S * b for b in range(B + 1)} | {S * b + n for b, n in enumerate(lengths)})
+    longest = max(b - a for a, b in pairwise(starts))
+    at = lengths_tensor(tuple(starts), q.device)
+    out = varlen(*(t.reshape(B * S, *t.shape[2:]) for t in (q, k, v)), at, at, longest, longest)
+    return (out[0] if isinstance(out, tuple) else out).view(q.shape)
+
+
 @lru_cache(maxsize=256)
 def padded_keys_mask(lengths: tuple[int, ...], S: int, device: torch.device):
     """xformers' mask for samples that start S tokens apart, made once: it is sent to the device from the host."""
@@ -206,6 +253,8 @@ def attend_ragged_xformers(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, 
 
 RAGGED = {
     "flash3": attend_ragged_flash3,
+    "flash2": attend_ragged_flash2,
+    "flash_sdpa": attend_ragged_torch,
     "xformers": attend_ragged_xformers,
     "cpu_bf16": attention_bf16.attention_bf16,
 }

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from uniworld.kernels.attention_backends import RAGGED, AttentionChoice, attend, choose_backend, lengths_tensor
-from uniworld.kernels.registry import Op, register
+from uniworld.kernels.registry import Op, backend_for, register
 from uniworld.kernels.varlen_attention import varlen_attention, varlen_attention_reference
 
 
@@ -26,9 +26,9 @@ def joint_attention(
         backend: "auto", a name in `attention_backends.BACKENDS`, or what `choose_backend` returned.
 
     Returns: [B, S, H, Dh], dtype of q; rows past a sample's length are zero. A batch of unequal lengths equals each
-    sample alone: backends without a call for unequal lengths run one call a sample (so do all, where gradients are
-    needed). The gradient is the backend's own; "triton" has none, and "cpu_bf16" leaves calls that need one to "sdpa"
-    in fp32.
+    sample alone: "auto" may take another backend for it (`RAGGED_ORDER`), and one without a call for unequal lengths
+    runs once a sample, as all do where gradients are needed. The gradient is the backend's own; "triton" has none, and
+    "cpu_bf16" leaves calls that need one to "sdpa" in fp32.
 
     Raises:
         ValueError: shapes or lengths do not fit, the backend cannot run here, or "triton" would need a gradient.
@@ -44,11 +44,15 @@ def joint_attention(
         return joint_attention(q.float(), k.float(), v.float(), lengths, "sdpa").to(q.dtype)
     if lengths is None:
         return attend(name, q, k, v)
-    if len(set(lengths)) > 1 and name in RAGGED and not needs_gradient:
-        out = RAGGED[name](q, k, v, lengths)
-        for b, n in enumerate(lengths):
-            out[b, n:] = 0
-        return out
+    if len(set(lengths)) > 1 and not needs_gradient:
+        ragged = backend.ragged if isinstance(backend, AttentionChoice) else _ragged(backend, q)
+        if ragged == "triton" and backend_for(q) == "triton":
+            return varlen_attention(q, k, v, lengths_tensor(lengths, q.device))
+        if ragged in RAGGED:
+            out = RAGGED[ragged](q, k, v, lengths)
+            for b, n in enumerate(lengths):
+                out[b, n:] = 0
+            return out
     return _attend_prefixes(name, q, k, v, lengths)
 
 
@@ -60,6 +64,11 @@ def joint_attention_reference(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[in
 @torch.compiler.assume_constant_result
 def _name(requested: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
     return choose_backend(requested, device, dtype, head_dim).name
+
+
+@torch.compiler.assume_constant_result
+def _ragged(requested: str, q: Tensor) -> str:
+    return choose_backend(requested, q.device, q.dtype, q.shape[-1]).ragged
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...] | None) -> tuple[int, ...] | None:
@@ -108,8 +117,11 @@ register(
             {"B": 2, "S": 81, "H": 2, "Dh": 64, "ragged": 0},
             {"B": 3, "S": 77, "H": 2, "Dh": 40, "ragged": 33},
         ),
-        bench_cases=({"B": 1, "S": 4608, "H": 24, "Dh": 128, "ragged": 0},),
-        bytes_moved=lambda c: 4 * 2 * c["B"] * c["S"] * c["H"] * c["Dh"],
+        bench_cases=(
+            {"B": 1, "S": 4608, "H": 24, "Dh": 128, "ragged": 0},
+            {"B": 4, "S": 2624, "H": 24, "Dh": 128, "ragged": 320},
+        ),
+        bytes_moved=lambda c: 2 * c["H"] * c["Dh"] * sum(4 * c["S"] - 3 * b * c["ragged"] for b in range(c["B"])),
         flops=lambda c: sum(4 * c["H"] * (c["S"] - b * c["ragged"]) ** 2 * c["Dh"] for b in range(c["B"])),
         differentiable=("q", "k", "v"),
     )

@@ -182,8 +182,11 @@ register(
             {"B": 1, "S": 64, "H": 2, "Dh": 32, "ragged": 0},
             {"B": 3, "S": 77, "H": 2, "Dh": 40, "ragged": 33},
         ),
-        bench_cases=({"B": 1, "S": 4608, "H": 24, "Dh": 128, "ragged": 0},),
-        bytes_moved=lambda c: 4 * 2 * c["B"] * c["S"] * c["H"] * c["Dh"],
+        bench_cases=(
+            {"B": 1, "S": 4608, "H": 24, "Dh": 128, "ragged": 0},
+            {"B": 4, "S": 2624, "H": 24, "Dh": 128, "ragged": 320},
+        ),
+        bytes_moved=lambda c: 2 * c["H"] * c["Dh"] * sum(4 * c["S"] - 3 * b * c["ragged"] for b in range(c["B"])),
         flops=lambda c: sum(4 * c["H"] * (c["S"] - b * c["ragged"]) ** 2 * c["Dh"] for b in range(c["B"])),
         triton_builds=tuple(_build(capability) for capability in TILES),
     )

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from uniworld.kernels import attention_backends
+from uniworld.kernels import joint_attention as joint_module
 from uniworld.kernels.attention_backends import AttentionChoice, available_backends, choose_backend, load_library
 from uniworld.kernels.joint_attention import joint_attention
 from uniworld.kernels.registry import INTERPRET, use_backend
@@ -191,15 +192,73 @@ def test_auto_looks_at_dtype_and_head_dim(monkeypatch):
     assert choose_backend("auto", device="cuda", dtype=torch.bfloat16, head_dim=512).name == "sdpa"
 
 
+TORCH = {"cudnn", "flash_sdpa", "sdpa", "math"}
+RAGGED_CHOICES = [  # capability, what is installed, what "auto" takes for all else, and for unequal lengths
+    (9, ALL, "flash3", "flash3"),
+    (9, ALL - {"flash3"}, "flash4", "flash2"),
+    (9, ALL - {"flash3", "flash4", "flash2"}, "cudnn", "flash_sdpa"),
+    (9, {"cudnn", "xformers", "sdpa", "triton"}, "cudnn", "xformers"),
+    (9, {"cudnn", "sdpa", "math", "triton"}, "cudnn", "triton"),
+    (9, {"cudnn", "sdpa", "math"}, "cudnn", ""),
+    (8, TORCH | {"triton"}, "flash_sdpa", "flash_sdpa"),
+    (10, ALL - {"flash3", "flash2"}, "flash4", "flash_sdpa"),
+    (7, {"sdpa", "math"}, "sdpa", ""),
+]
+
+
+@pytest.mark.parametrize("major,installed,name,ragged", RAGGED_CHOICES, ids=lambda v: str(v)[:40])
+def test_auto_takes_one_call_for_unequal_lengths(monkeypatch, major, installed, name, ragged):
+    pretend(monkeypatch, major, installed)
+    choice = choose_backend("auto", device="cuda", dtype=torch.bfloat16, head_dim=128)
+    assert (choice.name, choice.ragged) == (name, ragged)
+
+
+def test_an_older_torch_has_no_call_for_unequal_lengths(monkeypatch):
+    pretend(monkeypatch, 9, {"cudnn", "flash_sdpa", "sdpa", "triton"})
+    monkeypatch.setattr(attention_backends.importlib.util, "find_spec", lambda name: None)
+    assert choose_backend("auto", device="cuda", dtype=torch.bfloat16, head_dim=128).ragged == "triton"
+    assert attention_backends.why_not_ragged("flash_sdpa", torch.device("cuda")) == "needs torch 2.10 or newer"
+
+
+def test_unequal_lengths_keep_what_was_asked_for_and_what_suits(monkeypatch):
+    """A backend asked for by name serves unequal lengths too, if need be once a sample; fp32 has nothing better."""
+    pretend(monkeypatch, 9, ALL)
+    for name in ("flash3", "flash2", "xformers", "triton"):
+        assert choose_backend(name, device="cuda", dtype=torch.bfloat16, head_dim=128).ragged == name
+    for name in ("cudnn", "flash4", "sdpa", "math"):
+        assert choose_backend(name, device="cuda", dtype=torch.bfloat16, head_dim=128).ragged == ""
+    assert choose_backend("auto", device="cuda", dtype=torch.float32, head_dim=128).ragged == ""
+    assert choose_backend("sdpa", device="cpu", dtype=torch.float32, head_dim=128).ragged == ""
+
+
+@pytest.mark.skipif(not INTERPRET, reason="needs TRITON_INTERPRET=1")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_unequal_lengths_in_triton_beside_another_backend(monkeypatch, dtype):
+    """One launch for the batch, its values those of fp64; without our kernels, and for gradients, once a sample."""
+    calls, attend = [], joint_module.attend
+    monkeypatch.setattr(joint_module, "attend", lambda name, *qkv: calls.append(name) or attend(name, *qkv))
+    choice, lengths = AttentionChoice("sdpa", "", ragged="triton"), (77, 1, 50)
+    q, k, v = make_qkv(3, 77, 2, 40, dtype=dtype)
+    exact = attention_fp64(q, k, v, lengths)
+    for kernels, gradient, expected in (("triton", False, 0), ("torch", False, 3), ("triton", True, 3)):
+        calls.clear()
+        with use_backend(kernels):
+            out = joint_attention(q.detach().requires_grad_(gradient), k, v, lengths=lengths, backend=choice)
+        assert calls == ["sdpa"] * expected
+        assert (out - exact).abs().max() < tolerance(dtype)
+    calls.clear()
+    joint_attention(q, k, v, lengths=(50, 50, 50), backend=choice)
+    assert calls == ["sdpa"], "equal lengths are one call of the first choice"
+
+
 def test_a_missing_backend_is_an_error_not_a_fallback(monkeypatch):
     pretend(monkeypatch, 9, {"cudnn", "sdpa"})
     with pytest.raises(ValueError, match="attention='flash3': not installed; available on cuda: cudnn, sdpa$"):
         choose_backend("flash3", device="cuda", dtype=torch.bfloat16, head_dim=128)
     with pytest.raises(ValueError, match="attention='cudnn': needs bfloat16 or float16, not torch.float32"):
         choose_backend("cudnn", device="cuda", dtype=torch.float32, head_dim=128)
-    assert choose_backend("cudnn", device="cuda", dtype=torch.bfloat16, head_dim=128) == AttentionChoice(
-        "cudnn", "requested"
-    )
+    chosen = choose_backend("cudnn", device="cuda", dtype=torch.bfloat16, head_dim=128)
+    assert chosen == AttentionChoice("cudnn", "requested")
 
 
 def test_reports_every_backend_with_its_reason():
@@ -254,6 +313,16 @@ def flash3_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_
     return out
 
 
+def packed_varlen(q, k, v, cu_q, cu_k, max_q, max_k):
+    """As flash_attn and torch.nn.attention.varlen document theirs: sequence i is the rows cu[i] to cu[i + 1]."""
+    assert cu_q.dtype == torch.int32 and torch.equal(cu_q, cu_k)
+    starts = cu_q.tolist()
+    assert starts[0] == 0 and starts[-1] == len(q) and q.ndim == 3
+    longest = max(b - a for a, b in zip(starts, starts[1:]))
+    assert max_q == max_k == longest and all(a < b for a, b in zip(starts, starts[1:]))
+    return torch.cat([dense(q[None, a:b], k[None, a:b], v[None, a:b])[0] for a, b in zip(starts, starts[1:])])
+
+
 class PaddedKeys:
     """As xformers documents BlockDiagonalPaddedKeysMask."""
 
@@ -281,7 +350,9 @@ def xformers_attention(q, k, v, attn_bias=None):
 @pytest.fixture
 def libraries(monkeypatch):
     """Stand-ins of all four libraries, on a machine where each would run."""
-    install(monkeypatch, "flash_attn", flash_attn_func=lambda q, k, v: dense(q, k, v))
+    install(monkeypatch, "flash_attn", flash_attn_func=lambda q, k, v: dense(q, k, v),
+            flash_attn_varlen_func=packed_varlen)  # fmt: skip
+    install(monkeypatch, "torch.nn.attention.varlen", varlen_attn=packed_varlen)
     install(monkeypatch, "flash_attn.cute", flash_attn_func=lambda q, k, v: (dense(q, k, v), None))
     install(monkeypatch, "flash_attn_interface", flash_attn_func=lambda q, k, v: dense(q, k, v),
             flash_attn_varlen_func=flash3_varlen)  # fmt: skip
@@ -303,6 +374,20 @@ def test_calls_the_library(libraries, backend, lengths):
     assert (out - attention_fp64(q, k, v, lengths)).abs().max() < 2e-6
 
 
+@pytest.mark.parametrize("lengths", [(33, 7, 20), (1, 33, 32), (8, 9, 8)], ids=str)
+@pytest.mark.parametrize("ragged", ["flash3", "flash2", "flash_sdpa", "xformers"])
+def test_unequal_lengths_are_one_call(monkeypatch, libraries, ragged, lengths):
+    """Beside a backend that has no such call; what stands in the padding reaches no valid row."""
+    monkeypatch.setattr(joint_module, "attend", lambda *args: pytest.fail("a call of its own for a sample"))
+    q, k, v = (t.clone() for t in make_qkv(3, 33, 2, 16))
+    exact = attention_fp64(q, k, v, lengths)
+    for b, n in enumerate(lengths):
+        for t in (q, k, v):
+            t[b, n:] = 1e4
+    out = joint_attention(q, k, v, lengths=lengths, backend=AttentionChoice("cudnn", "", ragged=ragged))
+    assert (out - exact).abs().max() < 2e-6
+
+
 @pytest.mark.parametrize("backend", ["flash4", "flash3", "flash2", "xformers"])
 def test_trains_through_the_library(libraries, backend):
     inputs = [t.detach().requires_grad_() for t in make_qkv(2, 12, 2, 16)]
@@ -319,11 +404,25 @@ def test_lengths_are_copied_to_the_device_once():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not GPU, reason="needs a GPU")
-@pytest.mark.parametrize("backend", attention_backends.BACKENDS)
+@pytest.mark.parametrize("ragged", attention_backends.RAGGED_ORDER)
+def test_unequal_lengths_on_a_gpu(ragged):
+    """Every call that "auto" may come to, with a sample that has no padding and one that is nearly all padding."""
+    device = torch.device("cuda")
+    if why := available_backends(device)[ragged] or attention_backends.why_not_ragged(ragged, device):
+        pytest.skip(why)
+    q, k, v = make_qkv(3, 515, 4, 128, dtype=torch.bfloat16, device=device)
+    lengths = (515, 2, 300)
+    out = joint_attention(q, k, v, lengths=lengths, backend=AttentionChoice("sdpa", "", ragged=ragged))
+    assert (out - attention_fp64(q, k, v, lengths)).abs().max() < tolerance(torch.bfloat16)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="needs a GPU")
+@pytest.mark.parametrize("backend", ["auto", *attention_backends.BACKENDS])
 @pytest.mark.parametrize("lengths", [None, (515, 300), (400, 400)], ids=str)
 def test_on_a_gpu(backend, lengths):
     device = torch.device("cuda")
-    if why := available_backends(device)[backend]:
+    if why := available_backends(device).get(backend):
         pytest.skip(why)
     q, k, v = make_qkv(2, 515, 4, 128, dtype=torch.bfloat16, device=device)
     out = joint_attention(q, k, v, lengths=lengths, backend=backend)

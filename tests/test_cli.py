@@ -605,7 +605,9 @@ def test_env_as_json(run):
     assert report["ops"].keys() == OPS.keys()
     assert all(op["backend"] in BACKENDS and op["why"] for op in report["ops"].values())
     assert report["attention"]["backend"] in report["attention"]["backends"]
-    assert report["attention"]["why"]
+    assert report["attention"]["why"] and report["attention"]["unequal_lengths"].startswith(
+        report["attention"]["backend"]
+    )
     assert report["ops"]["joint_attention"]["why"] == f"see attention: {report['attention']['backend']}"
 
 

@@ -165,7 +165,12 @@ def attention(device) -> Report:
     from uniworld.kernels.attention_backends import available_backends, choose_backend
 
     chosen = choose_backend("auto", device=device, dtype=torch.bfloat16, head_dim=128)
-    return {"backend": chosen.name, "why": chosen.why, "backends": available_backends(device)}
+    return {
+        "backend": chosen.name,
+        "why": chosen.why,
+        "unequal_lengths": chosen.ragged or f"{chosen.name}, once a sample",
+        "backends": available_backends(device),
+    }
 
 
 def cache() -> Report:
@@ -239,4 +244,5 @@ def core_rows(core: Report) -> list[tuple[str, ...]]:
 def attention_rows(attention: Report) -> list[tuple[str, ...]]:
     others = [(name, "no" if why else "could run", why) for name, why in attention["backends"].items()]
     used = attention["backend"]
-    return [(used, "used", attention["why"])] + [row for row in others if row[0] != used]
+    unequal = ("unequal lengths", "used", attention["unequal_lengths"])
+    return [(used, "used", attention["why"]), unequal] + [row for row in others if row[0] != used]

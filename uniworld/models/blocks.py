@@ -11,6 +11,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from uniworld.kernels.attention_backends import AttentionChoice
 from uniworld.kernels.joint_attention import joint_attention
 from uniworld.kernels.linear import linear
 from uniworld.kernels.qk_norm_rope import qk_norm_rope
@@ -48,7 +49,7 @@ class AttentionPlan(NamedTuple):
 
     rope: Rope
     lengths: tuple[int, ...] | None
-    backend: str
+    backend: str | AttentionChoice
     exchange: HeadExchange | None = None
     """With others for the tokens that are not here; `lengths` then count those of all."""
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from uniworld.kernels.adaln_modulate import adaln_modulate
+from uniworld.kernels.attention_backends import AttentionChoice
 from uniworld.kernels.gate_residual import gate_residual, gate_residual_adaln
 from uniworld.models.blocks import AdaLinear, AttentionPlan, DoubleBlock, Modulation, Rope, SingleBlock
 from uniworld.models.quantized import Normed, adaln_for, gate_adaln_for
@@ -138,7 +139,7 @@ class FluxTransformer(nn.Module):
     def __init__(self, config: FluxConfig):
         super().__init__()
         self.config = config
-        self.attention_backend = "auto"
+        self.attention_backend: str | AttentionChoice = "auto"
         dim, heads = config.dim, config.num_attention_heads
         self.x_embedder = nn.Linear(config.in_channels, dim)
         self.context_embedder = nn.Linear(config.joint_attention_dim, dim)
