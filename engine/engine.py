@@ -21,6 +21,7 @@ from uniworld.engine.graphs import GraphSetting, graphs_for_engine
 from uniworld.engine.loading import load_for_engine
 from uniworld.engine.lora import LoraMethods
 from uniworld.engine.offload import place, streamed_modules, turns_of
+from uniworld.engine.offload_choice import OffloadChoice
 from uniworld.engine.parallel import ParallelFlux
 from uniworld.engine.request import DrawingSettings, Job, Request, Result, draw_seed
 from uniworld.engine.scheduler import Scheduler
@@ -51,7 +52,7 @@ class Engine(LoraMethods):
         cuda_graphs: GraphSetting = "auto",
         compile: bool = False,
         sequence_parallel: ProcessGroup | None = None,
-        offload: str | None = None,
+        offload: str | OffloadChoice | None = None,
         errors: StepErrors | None = None,
         progress: bool = False,
     ):
@@ -62,13 +63,15 @@ class Engine(LoraMethods):
             cuda_graphs: "auto" replays steps as CUDA graphs where that can be done, and `Result.graphs` says where not;
                 True raises where there is no CUDA device or recording fails, False never records.
             compile, sequence_parallel: as for `from_pretrained`. progress: say on stderr how long compiling took.
-            offload: as for `from_pretrained`; the model is then the engine's alone.
+            offload: a level as for `from_pretrained`; the model is then the engine's alone.
             errors: the measure of the steps' errors, which gives `Result.step_errors`.
         """
         self.model = model
+        self.offload = offload if isinstance(offload, OffloadChoice) else OffloadChoice(offload)
+        level = self.offload.level
         self.decoder = Decoder(model.vae, model.device)
-        self._parts = place(model, offload)
-        self._streamed = streamed_modules(turns_of(model.denoiser, offload))
+        self._parts = place(model, level)
+        self._streamed = streamed_modules(turns_of(model.denoiser, level))
         head_dim = model.denoiser.config.attention_head_dim
         self.attention = choose_backend(attention, device=model.device, dtype=model.dtype, head_dim=head_dim)
         for denoiser in (model.denoiser, *([] if errors is None else [errors.exact])):
@@ -81,7 +84,7 @@ class Engine(LoraMethods):
             cuda_graphs,
             model.device,
             parallel=self.parallel is not None,
-            offload=offload,
+            offload=level,
             report_error=errors is not None and errors.every_step,
         )
         self.denoiser = Denoiser(self.parallel or model.denoiser, asdict(model.time_shift), graphs, errors)
@@ -129,7 +132,8 @@ class Engine(LoraMethods):
             quantize_exclude: globs over the names of weights that stay as they are, `transformer_blocks.0.*` for one.
             report_error: give `Result.step_errors`, against all unquantized blocks on the same inputs: of every step
                 with `quantize`, which keeps those blocks too, without it of the steps of requests with a step cache.
-            offload: "modulation", "parts" or "cpu": what waits in host memory, see `uniworld.engine.offload`.
+            offload: "modulation", "parts" or "cpu": what waits in host memory, see `uniworld.engine.offload`; "auto":
+                the least of them that fits the memory that is free, and `Result.offload` says which and why.
         """
         on = default_device() if device is None else torch.device(device)
         graphs_for_engine(  # raises before anything is loaded
@@ -139,7 +143,7 @@ class Engine(LoraMethods):
             offload=offload,
             report_error=report_error and quantize is not None,
         )
-        loaded, errors = load_for_engine(
+        loaded = load_for_engine(
             model,
             flux=flux,
             siglip=siglip,
@@ -154,14 +158,14 @@ class Engine(LoraMethods):
             offload=offload,
         )
         return cls(
-            loaded,
+            loaded.model,
             attention=attention,
             max_batch_size=max_batch_size,
             cuda_graphs=cuda_graphs,
             compile=compile,
             sequence_parallel=sequence_parallel,
-            offload=offload,
-            errors=errors,
+            offload=loaded.offload,
+            errors=loaded.errors,
             progress=progress,
         )
 
@@ -310,6 +314,7 @@ class Engine(LoraMethods):
             cancelled=job.cancelled,
             graphs=job.graphs,
             step_cache=job.step_cache,
+            offload=str(self.offload),
             step_errors=[float(error) for error in job.step_errors],
         )
 

@@ -1,16 +1,26 @@
 """Loads a model for an engine: which parts go to the device at once, which wait in host memory, which are quantized."""
 
+import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from uniworld.checkpoint.load import TINY, load_uniworld
 from uniworld.checkpoint.precision import checked_dtype, default_device, default_dtype
 from uniworld.engine.offload import check_offload, host_parts, reaches
+from uniworld.engine.offload_choice import AUTO, OffloadChoice, choose_offload
 from uniworld.engine.quantize import check_quantize, quantized_copy
 from uniworld.engine.step_errors import StepErrors
 from uniworld.models.unified import UniWorld
+
+
+class Loaded(NamedTuple):
+    """A model, the measure of its steps' errors where asked for, and how much of it is to wait in host memory."""
+
+    model: UniWorld
+    errors: StepErrors | None
+    offload: OffloadChoice
 
 
 def load_for_engine(
@@ -24,22 +34,32 @@ def load_for_engine(
     report_error: bool,
     progress: bool,
     **load: Any,
-) -> tuple[UniWorld, StepErrors | None]:
-    """`load_uniworld`, with the DiT quantized where asked; gives the measure of the steps' errors where asked.
+) -> Loaded:
+    """`load_uniworld`, with the DiT quantized where asked; offload "auto" is decided once the shapes are known.
 
     Weights that are quantized or offloaded are left in host memory, from where `offload.place` takes them.
     """
     device = default_device() if device is None else torch.device(device)
     dtype = checked_dtype(dtype or default_dtype(device, tiny=model == TINY))
-    check_offload(offload)
+    check_offload(offload, AUTO)
     check_quantize(quantize, device, dtype, quantize_exclude)
-    in_host = {*host_parts(offload), *(["denoiser"] if quantize else [])}
+    choice = OffloadChoice(offload)
+
+    def in_host(made: UniWorld) -> set[str]:
+        nonlocal choice
+        if offload == AUTO:
+            settings = {"quantize_exclude": quantize_exclude, "report_error": report_error}
+            choice = choose_offload(made, quantize=quantize, **settings)
+        return {*host_parts(choice.level), *(["denoiser"] if quantize else [])}
+
     loaded = load_uniworld(model, device=device, dtype=dtype, progress=progress, in_host=in_host, **load)
+    if offload == AUTO and progress:
+        print(f"offload {choice}", file=sys.stderr)
     if quantize is None:
-        return loaded, StepErrors(loaded.denoiser) if report_error else None
+        return Loaded(loaded, StepErrors(loaded.denoiser) if report_error else None, choice)
     exact = loaded.denoiser
-    home = torch.device("cpu") if reaches(offload, "cpu") else device
+    home = torch.device("cpu") if reaches(choice.level, "cpu") else device
     loaded.denoiser = quantized_copy(
         exact, quantize, exclude=quantize_exclude, compute=device, home=home, progress=progress
     )
-    return loaded, StepErrors.of_quantized(exact, device) if report_error else None
+    return Loaded(loaded, StepErrors.of_quantized(exact, device) if report_error else None, choice)

@@ -34,10 +34,10 @@ NUM_SLOTS = 2  # one holds the module that runs, the next one arrives in the oth
 ALIGNMENT = 256  # bytes: as the device's allocator places a tensor of its own
 
 
-def check_offload(level: str | None) -> None:
-    """Raise a ValueError unless `level` is None or one of `LEVELS`."""
-    if level is not None and level not in LEVELS:
-        raise ValueError(f"offload={level!r}: must be one of {', '.join(LEVELS)}, or None")
+def check_offload(level: str | None, *others: str) -> None:
+    """Raise a ValueError unless `level` is None, one of `LEVELS` or one of `others`."""
+    if level is not None and level not in (*others, *LEVELS):
+        raise ValueError(f"offload={level!r}: must be one of {', '.join((*others, *LEVELS))}, or None")
 
 
 def reaches(level: str | None, wanted: str) -> bool:

@@ -228,6 +228,7 @@ class Result:
 
     graphs: whether steps were replayed as a CUDA graph: "graph", "graph, recorded for this shape" or "eager: " and why.
     step_cache: what step caching left out, where it was asked for.
+    offload: what waits in host memory, "none" or a level, and why where it was chosen.
     step_errors: with `report_error`, ||v - v_exact|| / ||v_exact|| of each step: the velocity against that of all
         blocks of the unquantized DiT on the same latents. Else empty, or where neither quantization nor a cache is.
     """
@@ -242,6 +243,7 @@ class Result:
     cancelled: bool = False
     graphs: str = ""
     step_cache: StepCacheReport | None = None
+    offload: str = ""
     step_errors: list[float] = field(default_factory=list)
 
 

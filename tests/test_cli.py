@@ -57,6 +57,7 @@ class FakeEngine:
             height=64,
             num_inference_steps=settings["num_inference_steps"],
             graphs="eager: a fake",
+            offload="parts: a fake",
             step_cache=settings["cache"] and SimpleNamespace(num_computed=1),
             step_errors=[],
         )
@@ -245,7 +246,7 @@ BAD_TO_LOAD = {
     "lora scale": (["--lora", "a.safetensors:big"], "--lora a.safetensors:big: big is no scale, must be a number"),
     "no launcher": (["--sequence-parallel"], "sequence_parallel: start one process a GPU, for example with torchrun"),
     "quantize": (["--quantize", "int8"], "quantize='int8': must be one of fp8, nf4"),
-    "offload": (["--offload", "disk"], "offload='disk': must be one of modulation, parts, cpu"),
+    "offload": (["--offload", "disk"], "offload='disk': must be one of auto, modulation, parts, cpu"),
 }
 
 

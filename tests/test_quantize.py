@@ -186,7 +186,7 @@ def test_fp8_batches_equal_single_requests():
         ({"quantize_exclude": ["*"]}, "^quantize_exclude=.*only has an effect with quantize"),
         ({"quantize": "fp8", "quantize_exclude": ["blocks.*"]}, "^quantize_exclude='blocks.*matches no weight"),
         ({"quantize": "fp8", "dtype": "float64"}, "^dtype=float64: must be bfloat16 or float32 with quantize"),
-        ({"offload": "disk"}, "^offload='disk': must be one of modulation, parts, cpu"),
+        ({"offload": "disk"}, "^offload='disk': must be one of auto, modulation, parts, cpu"),
     ],
 )
 def test_mistakes_are_named(settings, message):

@@ -117,6 +117,7 @@ def _draw_to_file(
     if report.verbose:
         print_timings(console, {"load": load_s, **result.timings}, result.num_inference_steps)
         console.print(f"steps run as: {result.graphs}", markup=False)
+        console.print(f"in host memory: {result.offload}", markup=False)
     print(output, flush=True)
 
 

@@ -108,8 +108,8 @@ class LoadOptions:
     offload: Annotated[
         str | None,
         typer.Option(
-            metavar="modulation|parts|cpu",
-            help="What waits in host memory until it is used; same pictures, less GPU memory.",
+            metavar="auto|modulation|parts|cpu",
+            help="What waits in host memory until used; same pictures, less GPU memory. auto: the least that fits.",
             rich_help_panel=MODEL_PANEL,
         ),
     ] = None

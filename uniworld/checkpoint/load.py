@@ -4,7 +4,7 @@ Everything is found and checked from configs and file headers first, so that a m
 is read. Then every tensor goes from the mapped file straight to its device and dtype.
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ from uniworld.checkpoint import locate
 from uniworld.checkpoint.build import (
     build_tower,
     build_univa,
-    checkpoint_module,
     denoiser_config,
     encoder_plan,
     read_config,
@@ -113,7 +112,7 @@ def load_uniworld(
     check_finite: bool = False,
     use_t5: bool | None = None,
     connectors: str | Path | None = None,
-    in_host: Collection[str] = (),
+    in_host: Collection[str] | Callable[[UniWorld], Collection[str]] = (),
 ) -> UniWorld:
     """Load every part; parameters are frozen and modules in eval mode.
 
@@ -132,7 +131,8 @@ def load_uniworld(
         use_t5: None loads T5 where the FLUX folder holds it, True requires it, False leaves it out (9.5 GB).
         connectors: folder with `denoise_projector.bin` or `siglip_projector.bin` of a training stage, whose weights
             replace the checkpoint's.
-        in_host: parts, as `UniWorld` names them, whose weights are left in host memory for who moves them himself.
+        in_host: parts, as `UniWorld` names them, whose weights are left in host memory for who moves them himself; or
+            what chooses them, called with the model while its parameters are on meta, of the dtype they will have.
 
     Raises:
         FileNotFoundError: a folder, file or shard is missing.
@@ -150,20 +150,12 @@ def load_uniworld(
     processor = _processor(folders.model)
     _fill_token_ids(config, processor)
 
-    parts, plans = _plan_all(folders, config, device, dtype, in_host)
+    parts, plans = _plan_all(folders, config, device, dtype)
     time_shift, task_head = _time_shift(folders.flux), _task_head(folders.model, device, dtype, check_finite)
     for plan in plans:
         plan.check()
     check_widths(folders.model, parts, task_head)
-    with byte_progress(f"Loading {model}", sum(plan.num_bytes for plan in plans), progress) as advance:
-        fill(plans, check_finite=check_finite, advance=advance)
-    for part in parts.values():
-        part.eval()
-    if connectors is not None:
-        own = {name: parts[name] for name in CONNECTORS if name in parts}
-        override_connectors(own, Path(connectors), check_finite)
-
-    return UniWorld(
+    made = UniWorld(
         name=str(model),
         folder=folders.model,
         config=config,
@@ -178,6 +170,15 @@ def load_uniworld(
         device=device,
         dtype=dtype,
     )
+    _leave_in_host(made, parts, plans, in_host)
+    with byte_progress(f"Loading {model}", sum(plan.num_bytes for plan in plans), progress) as advance:
+        fill(plans, check_finite=check_finite, advance=advance)
+    for part in parts.values():
+        part.eval()
+    if connectors is not None:
+        own = {name: parts[name] for name in CONNECTORS if name in parts}
+        override_connectors(own, Path(connectors), check_finite)
+    return made
 
 
 def model_folder(model: str | Path) -> Path:
@@ -223,20 +224,33 @@ def _fill_token_ids(config: dict[str, Any], processor: PromptProcessor) -> None:
 
 
 def _plan_all(
-    folders: Folders, config: dict[str, Any], device: torch.device, dtype: torch.dtype, in_host: Collection[str]
+    folders: Folders, config: dict[str, Any], device: torch.device, dtype: torch.dtype
 ) -> tuple[dict[str, nn.Module], list[Plan]]:
     """Every module of a `UniWorld` by the name of its field, still without weights, and the plans that fill them."""
-
-    def home(part: str) -> torch.device:
-        return torch.device("cpu") if part in in_host else device
-
     univa, parts = _plan_univa(folders.model, config, device, dtype)
-    univa.homes = {checkpoint_module(part, module): home(part) for part, module in parts.items()}
-    semantic, semantic_plan = _plan_siglip(folders.siglip, home("semantic_encoder"), dtype)
-    text_encoders, text_plans = _plan_text_encoders(folders, home("text_encoders"), dtype)
-    vae, vae_plan = _plan_vae(folders.flux, home("vae"), vae_dtype(device, dtype))
+    semantic, semantic_plan = _plan_siglip(folders.siglip, device, dtype)
+    text_encoders, text_plans = _plan_text_encoders(folders, device, dtype)
+    vae, vae_plan = _plan_vae(folders.flux, device, vae_dtype(device, dtype))
     encoders = {"semantic_encoder": semantic, "text_encoders": text_encoders, "vae": vae}
     return parts | encoders, [univa, semantic_plan, *text_plans, vae_plan]
+
+
+def _leave_in_host(
+    made: UniWorld,
+    parts: Mapping[str, nn.Module],
+    plans: Sequence[Plan],
+    in_host: Collection[str] | Callable[[UniWorld], Collection[str]],
+) -> None:
+    """Let the plans fill these parts in host memory."""
+    if callable(in_host):
+        for plan in plans:
+            for parameter in {p for target in plan.targets.values() for p in target.module.parameters()}:
+                parameter.data = parameter.data.to(plan.dtype)
+        in_host = in_host(made)
+    hosted = [parts[name] for name in in_host if name in parts]
+    homes = {module: torch.device("cpu") for part in hosted for module in part.modules()}
+    for plan in plans:
+        plan.homes = homes
 
 
 def _plan_univa(
