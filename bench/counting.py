@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
+from uniworld.kernels.attention_backends import lengths_tensor
 from uniworld.kernels.registry import use_backend
 
 NO_KERNEL = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "lift_fresh"}
@@ -128,8 +129,12 @@ def stored_bytes(t: Tensor) -> int:
 @contextmanager
 def fake_tensors() -> Iterator[None]:
     """Tensors made in here have no data, and our ops take their path of a GPU."""
-    with FakeTensorMode(), torch.no_grad(), use_backend("triton"):  # inference mode would show composite ops whole
-        yield
+    lengths_tensor.cache_clear()  # it keeps tensors, which must not get from one world into the other
+    try:
+        with FakeTensorMode(), torch.no_grad(), use_backend("triton"):  # inference mode would show composite ops whole
+            yield
+    finally:
+        lengths_tensor.cache_clear()
 
 
 def count(call: Callable[[], Any]) -> Count:

@@ -13,7 +13,9 @@ import torch
 from counting import Count, count, fake_tensors
 from peers import diffusers_flux, run_diffusers
 
+from uniworld.engine.quantize import quantized_copy
 from uniworld.engine.steps import AllBlocks, EagerSteps, PreparedBatch, PreparedPass
+from uniworld.kernels.attention_backends import AttentionChoice
 from uniworld.kernels.registry import OPS, load_ops
 from uniworld.models import flow
 from uniworld.models.conditioning import Conditioning
@@ -26,7 +28,8 @@ CASES = {  # side in px, text tokens: VLM and T5, and 1,024 semantic ones for a 
     "text to image, 1024 px": (1024, 320),
     "edit, 1024 px": (1024, 1600),
 }
-SIDES = ("ours", "ours, forward", "diffusers eager")
+ATTENTION = AttentionChoice("sdpa", "any that is one kernel", ragged="triton")
+SIDES = ("ours", "ours, forward", "ours, fp8", "diffusers eager")
 # connector_mlp's plain version has results whose size depends on the data; region_mse's floor is that of training.
 COUNTED_OPS = tuple(name for name in load_ops() if name not in ("connector_mlp", "region_mse"))
 
@@ -79,12 +82,13 @@ def step_counts(case: str, config: FluxConfig = FULL) -> dict[str, Count]:
     with fake_tensors():
         empty = {name: torch.empty(p.shape, dtype=DTYPE) for name, p in model.named_parameters()}
         model.load_state_dict(empty, assign=True)
-        model.attention_backend = "sdpa"  # any that is one kernel
+        model.attention_backend = ATTENTION
         inputs = inputs_of(case, config)
         theirs = diffusers_flux(model, "cpu")
         return {
             "ours": count(loop_step(model, case, inputs)),
             "ours, forward": count(lambda: model(**inputs)),
+            "ours, fp8": count(loop_step(quantized_copy(model, "fp8"), case, inputs)),
             "diffusers eager": count(lambda: run_diffusers(theirs, **inputs)),
         }
 
@@ -94,7 +98,7 @@ def op_counts(name: str, case: dict[str, int]) -> dict[str, Count]:
     op = OPS[name]
     with fake_tensors():
         inputs = op.make_inputs(**case, dtype=DTYPE, device="cpu")
-        fixed = {"backend": "sdpa"} if name == "joint_attention" else {}
+        fixed = {"backend": ATTENTION} if name == "joint_attention" else {}
         return {
             "ours": count(lambda: op.fn(**inputs, **fixed)),
             "torch eager": count(lambda: op.reference(**inputs)),

@@ -6,6 +6,7 @@ Letters: M tokens (all leading dimensions together), K input channels, N output 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 from uniworld.kernels.quantize_rows import E4M3, quantize_rows_reference
 from uniworld.kernels.registry import Op, forced_backend, register
@@ -36,7 +37,8 @@ def fp8_linear(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor,
     for name, scale, expected in (("x_scale", x_scale, (*x.shape[:-1], 1)), ("weight_scale", weight_scale, (N, 1))):
         if tuple(scale.shape) != expected:
             raise ValueError(f"{name}={tuple(scale.shape)}: must be {expected}")
-    if not (x.is_cuda and bias.dtype == torch.bfloat16 and x.dtype == E4M3) or forced_backend() == "torch":
+    on_gpu = x.is_cuda or (forced_backend() == "triton" and is_fake(x))  # a fake tensor is traced as on a GPU
+    if not (on_gpu and bias.dtype == torch.bfloat16 and x.dtype == E4M3) or forced_backend() == "torch":
         return fp8_linear_reference(x, x_scale, weight, weight_scale, bias)
     rows, row_scale = x.reshape(-1, K), x_scale.reshape(-1, 1)
     if rows.shape[0] == 0:
