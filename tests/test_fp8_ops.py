@@ -1,4 +1,7 @@
-"""The e4m3 ops against the list of e4m3 numbers in fp64: every value is the nearest one, with the scale of its row."""
+"""The e4m3 ops against the list of e4m3 numbers in fp64: every value is the nearest one, with the scale of its row.
+
+On a machine with a GPU all of it runs there, Triton's kernels compiled; elsewhere on the CPU, by the interpreter.
+"""
 
 import pytest
 import torch
@@ -7,6 +10,7 @@ from uniworld.kernels.fp8_linear import fp8_linear
 from uniworld.kernels.quantize_rows import QuantizedRows, dequantized, quantize_rows
 from uniworld.kernels.registry import INTERPRET, load_ops, use_backend
 
+pytestmark = pytest.mark.gpu
 OPS = load_ops()
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -138,7 +142,6 @@ def test_scales_of_another_shape_are_refused():
         fp8_linear(x.values, x.scale[:, 0], *weight, torch.zeros(16))
 
 
-@pytest.mark.gpu
 @pytest.mark.skipif(not FP8_GPU, reason="needs a CUDA device of sm_89 or newer")
 @pytest.mark.parametrize("M, K, N", [(1, 64, 32), (37, 272, 80), (520, 3072, 9216), (300, 15360, 3072)])
 def test_scaled_mm_on_a_gpu(M, K, N):
