@@ -1,4 +1,4 @@
-"""Draws the rows of bench/results: one PNG a bench and kind of device, ours beside its peers.
+"""Draws the rows of bench/results: a PNG for each bench and kind of device, and where the ops stand under their roof.
 
 python bench/plot.py [--rows DIR] [--out DIR]
 """
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import roofline
 from rows import RESULTS, read, select
 
 matplotlib.use("Agg")
@@ -66,6 +67,11 @@ def main() -> None:
                 path = args.out / f"{bench}_{found[0]['kind']}.png"
                 bars(found, f"{bench}, {device}, torch {found[-1]['versions']['torch']}", path)
                 print(path)
+        of_device = select(rows, device=device)
+        if roofline.measured(of_device):
+            path = args.out / f"roofline_{of_device[0]['kind']}.png"
+            roofline.save(of_device, f"ops on the {of_device[0]['kind'].upper()}, {device}", path)
+            print(path)
 
 
 if __name__ == "__main__":
