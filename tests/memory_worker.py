@@ -70,6 +70,7 @@ def build(config: TrainConfig, world: sharding.World) -> tuple[sharding.Sharded,
         FluxTransformer(SHAPE.denoiser), Connector(*SHAPE.denoise_projector), Connector(*SHAPE.siglip_projector)
     )
     torch.set_default_dtype(torch.float32)
+    model.denoiser.attention_backend = "sdpa"  # as the planner assumes, whichever CPU this is
     if config.model.lora_rank is not None:
         add_lora(model.denoiser, config.model.lora_rank)
     freeze_except(model, patterns_of(config))

@@ -76,6 +76,7 @@ def look(sharded, before):
     facts = {
         "num_trained": sharded.num_trained,
         "gradients_of_frozen": [n for n, p in parameters.items() if not p.requires_grad and p.grad is not None],
+        "offloads": getattr(sharded.engine.optimizer, "cpu_offload", False),
         "partitioned": all(p.numel() == 0 for p in parameters.values()),
         "own_numel": sum(s.numel for s in sharded.slices()),
     }

@@ -40,6 +40,8 @@ CASES = {
     "prodigy": case("stage2", 2) | {"optim": {"name": "prodigy", "lr": 1.0}},
     "LoRA": case("lora", 2) | {"model": {"lora_rank": 8}},
     "without EMA": case("stage2", 2) | {"ema": {"enabled": False}},
+    "offloaded": case("stage2", 2, offload_optimizer=True),
+    "offloaded, accumulated": case("stage2", 2, offload_optimizer=True, accumulation_steps=2),
 }
 # Of one rank the allocator's own events; of two the living storages, as gloo frees on threads that nobody records.
 MEASURES = {1: "profiler", 2: "live"}
@@ -68,7 +70,8 @@ def planned(tree, ranks):
 
 def test_estimates_are_within_ten_percent_of_what_is_measured(measured):
     ranks, peaks = measured
-    ratios = {name: planned(tree, ranks).tensors / peaks[name] for name, tree in CASES.items()}
+    plans = {name: planned(tree, ranks) for name, tree in CASES.items()}  # on a CPU all of it is host memory
+    ratios = {name: (plan.tensors + plan.host) / peaks[name] for name, plan in plans.items()}
     assert all(abs(ratio - 1) <= TOLERANCE for ratio in ratios.values()), ratios
 
 
@@ -121,6 +124,28 @@ def test_a_recommendation_fits():
     assert plan.total < needs and changed != config
     assert estimate(changed, 8).total == plan.total
     assert recommend(config, 8, 1) is None
+
+
+def test_an_offloaded_optimizer_leaves_the_gpu():
+    """What stays on it are weights; in host memory are 4 bytes a trained parameter of master, gradient and average each,
+    8 of moments, 2 of the copy that goes to the GPU, and a buffer for the largest gradient."""
+    overrides = ("sharding.offload_optimizer=false", "sharding.offload_optimizer=true")
+    plain, offloaded = (estimate(load_config(STAGE2[0], [*STAGE2[1:], override]), 1) for override in overrides)
+    T = plain.num_trained
+    assert offloaded.host == pytest.approx((4 + 4 + 4 + 8 + 2) * T, rel=0.01) and plain.host == 0
+    weights = plain.static["DiT and connectors"] + plain.static["frozen encoders"]
+    assert sum(offloaded.static.values()) == pytest.approx(weights, rel=0.01)
+    assert offloaded.passing["backward pass"] < plain.passing["backward pass"] - T  # no share of the gradients
+    assert offloaded.total < 80 * 1e9 < plain.total
+
+
+def test_stage2_fits_one_gpu_with_an_offloaded_optimizer(monkeypatch, capsys):
+    code, shown = run(monkeypatch, capsys, *STAGE2, "--gpus", "1")
+    assert code == 1 and shown.out.splitlines()[-1].endswith("with: sharding.offload_optimizer=True")
+    code, shown = run(monkeypatch, capsys, *STAGE2, "--gpus", "1", "sharding.offload_optimizer=true")
+    assert code == 0 and "in host memory, for each GPU" in shown.out
+    prodigy = load_config(STAGE2[0], [*STAGE2[1:], "optim.name=prodigy", "optim.lr=1.0"])
+    assert recommend(prodigy, 1, 80 * GIB) is None
 
 
 def run(monkeypatch, capsys, *arguments):

@@ -61,6 +61,12 @@ ACCUMULATING = [
     scenario("accumulated-killed", (2, 8, "done 6"), (2, 8), **ACCUMULATED),
     scenario("accumulated-2to1", (2, 5), (1, 5), **ACCUMULATED),
 ]
+OFFLOADED = {"sharding": {"zero_stage": 2, "dtype": "bf16", "offload_optimizer": True}, "stage": {"preset": "stage2"}}
+OFFLOADING = [
+    scenario("offloaded-whole", (2, 8), **OFFLOADED),
+    scenario("offloaded-killed", (2, 8, "done 6"), (2, 8), **OFFLOADED),
+    scenario("offloaded-2to1", (2, 5), (1, 5), **OFFLOADED),
+]
 GOES_ON = scenario("2to1-goes-on", (2, 10), (1, 12), (2, 14))
 
 
@@ -98,6 +104,7 @@ def quick_runs(tmp_path_factory):
 def slow_runs(tmp_path_factory):
     pytest.importorskip("deepspeed")
     scenarios = WHOLE + [killed(*case) for case in KILLED if case not in QUICK_KILLED] + [GOES_ON, *ACCUMULATING]
+    scenarios += OFFLOADING
     return run(scenarios + divided([z for z in STAGES if z not in QUICK_STAGES]), tmp_path_factory.mktemp("slow"), 1100)
 
 
@@ -169,6 +176,12 @@ def test_accumulating_runs_resume_bit_by_bit(runs):
     assert steps == [s for s in (*range(1, 7), *range(6, 9)) for _ in range(2)]
     assert_same_state(runs / "accumulated-killed" / "end-2.pt", runs / "accumulated-whole" / "end-2.pt")
     assert_same_state(runs / "accumulated-2to1" / "end-2.pt", runs / "accumulated-2to1" / "end-1.pt")
+
+
+@pytest.mark.slow
+def test_offloaded_optimizers_resume_bit_by_bit(runs):
+    assert_same_run(runs / "offloaded-killed", runs / "offloaded-whole", 2, 8)
+    assert_same_state(runs / "offloaded-2to1" / "end-2.pt", runs / "offloaded-2to1" / "end-1.pt")
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ pytest.importorskip("deepspeed")
 HERE = Path(__file__).parent
 STAGES = ("stage1", "stage2")
 RECOMPUTED = ["double", "single"]
+OFFLOADED = {"offload_optimizer": True}
 TWICE_RECOMPUTED = {"accumulation_steps": 2, "checkpoint_blocks": ["single"]}
 
 
@@ -45,6 +46,16 @@ TWO_RANKS = [
         for z in (1, 2, 3)
     ),
     *(case(f"prodigy-zero{z}", "stage1", z, optim={"name": "prodigy", "lr": 1.0}) for z in (1, 3)),
+    *(case(f"offloaded-zero{z}", "stage2", z, sharding=OFFLOADED) for z in (1, 2)),
+    *(case(f"offloaded-clipped-zero{z}", "stage2", z, sharding=OFFLOADED, optim=CLIPPED) for z in (1, 2)),
+    *(
+        case(f"offloaded-bf16-zero{z}", "stage2", z, dtype="bf16", sharding=OFFLOADED | TWICE_RECOMPUTED)
+        for z in (1, 2)
+    ),
+    *(
+        case(f"offloaded-poisoned-zero{z}", "stage2", z, sharding=OFFLOADED, poisoned=POISONED | {"3": "gradient"})
+        for z in (1, 2)
+    ),
 ]
 ONE_RANK = [
     case("accumulated", "stage2", 2, sharding={"accumulation_steps": 2}),
@@ -189,17 +200,31 @@ def test_bf16_keeps_fp32_masters(two_ranks, zero_stage):
         assert torch.nn.functional.cosine_similarity(moved.flatten(), expected.flatten(), dim=0) > 0.8, name
 
 
+@pytest.mark.parametrize("zero_stage", [1, 2])
+def test_an_optimizer_in_host_memory_trains_alike(two_ranks, zero_stage):
+    """The same norms, clipping and masters."""
+    assert_equal_training(two_ranks[f"offloaded-zero{zero_stage}"], reference("stage2"))
+    assert_equal_training(two_ranks[f"offloaded-clipped-zero{zero_stage}"], reference("stage2", **CLIPPED))
+    there, here = (two_ranks[f"{kind}-zero{zero_stage}"] for kind in ("offloaded-bf16", "bf16"))
+    assert there[0]["offloads"] and not here[0]["offloads"]
+    assert there[0]["losses"] == pytest.approx(here[0]["losses"], rel=1e-3)
+    assert there[0]["grad_norms"] == pytest.approx(here[0]["grad_norms"], rel=0.02)
+    assert distance(there[1], torch.bfloat16) == pytest.approx(distance(here[1], torch.bfloat16), rel=0.02)
+
+
 @pytest.mark.parametrize("zero_stage", [2, 3])
 def test_recomputed_blocks_give_the_same_training(two_ranks, zero_stage):
     assert_equal_training(two_ranks[f"recomputed-zero{zero_stage}"], reference("stage2"))
 
 
-@pytest.mark.parametrize("zero_stage", [1, 2, 3])
-@pytest.mark.parametrize("kind", ["poisoned", "poisoned-bf16"])
+@pytest.mark.parametrize("kind, zero_stage", [
+    *((kind, z) for kind in ("poisoned", "poisoned-bf16") for z in (1, 2, 3)),
+    *(("offloaded-poisoned", z) for z in (1, 2)),
+])  # fmt: skip
 def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(two_ranks, kind, zero_stage):
     """Rank 1's loss is NaN in step 1 and infinite in step 2; in fp32 its gradient is infinite in step 3."""
     facts, parameters = two_ranks[f"{kind}-zero{zero_stage}"]
-    last = 2 if kind == "poisoned" else 0
+    last = 0 if kind == "poisoned-bf16" else 2
     assert facts["skipped"] == [0, 2, 2, last]
     assert facts["changed"] == [2, 0, 0, 2 - last]
     assert [math.isfinite(norm) for norm in facts["grad_norms"]] == [True, False, False, last == 0]

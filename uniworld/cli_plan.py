@@ -51,6 +51,8 @@ def show(stage: str, planned: Plan, gpu_memory: float) -> None:
         table.add_row(f"allowance: {name}", gib(num_bytes))
     table.add_section()
     table.add_row("in all (of the passing ones the largest)", gib(planned.total))
+    if planned.host:
+        table.add_row("in host memory, for each GPU", gib(planned.host))
     console.print(table)
 
 

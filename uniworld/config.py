@@ -154,6 +154,9 @@ class ShardingConfig:
     """Kinds of DiT block whose activations are recomputed in the backward pass."""
     compile_blocks: bool = False
     """Run the DiT's blocks through `torch.compile`; with ZeRO 1 and 2 only."""
+    offload_optimizer: bool = False
+    """Keep fp32 master weights, optimizer state and their average in host memory, and let the CPU update them: less GPU
+    memory, longer steps. With ZeRO 1 and 2 and optim.name adamw."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,8 +250,11 @@ class TrainConfig:
                     raise ValueError(f"{name}={value}: must be {allowed}")
         if self.optim.lr <= 0:
             raise ValueError(f"optim.lr={self.optim.lr}: must be above 0")
-        if self.sharding.compile_blocks and self.sharding.zero_stage == 3:
-            raise ValueError("sharding.compile_blocks=True: needs sharding.zero_stage 1 or 2, not 3")
+        for name in ("compile_blocks", "offload_optimizer"):
+            if getattr(self.sharding, name) and self.sharding.zero_stage == 3:
+                raise ValueError(f"sharding.{name}=True: needs sharding.zero_stage 1 or 2, not 3")
+        if self.sharding.offload_optimizer and self.optim.name != "adamw":
+            raise ValueError(f"sharding.offload_optimizer=True: needs optim.name adamw, not {self.optim.name}")
         for i, source in enumerate(self.data.sources):
             if not 0 < source.weight < math.inf:
                 raise ValueError(f"data.sources[{i}].weight={source.weight}: must be above 0")

@@ -48,7 +48,8 @@ class ShardedEMA:
         starts = [0]
         for size in sizes:
             starts.append(starts[-1] + -(-size // ALIGNMENT) * ALIGNMENT)
-        self.flat = torch.zeros(starts[-1], dtype=torch.float32, device=sharded.world.device)
+        device = slices[0].tensor.device if slices else sharded.world.device  # masters may be in host memory
+        self.flat = torch.zeros(starts[-1], dtype=torch.float32, device=device)
         self._averages = [self.flat[start : start + size] for start, size in zip(starts, sizes)]
         self.restart()
 

@@ -185,6 +185,7 @@ def trace_step(
     """
     with torch.device("meta"):
         model = shaped_model(config, shape)
+    model.denoiser.attention_backend = "sdpa"  # "auto" would take what suits the CPU that this runs on
     with FakeTensorMode():
         _move_from_meta(model, dtype)
         prepare_blocks(model.denoiser, config.sharding)

@@ -68,7 +68,7 @@ class Plan:
     """Bytes on each GPU.
 
     static: what stays, by part. passing: the largest of what comes and goes, by phase of a step. allowance: what was
-    not measured. sizes, batch: what was assumed.
+    not measured. host: for each GPU, what an offloaded optimizer holds in host memory. sizes, batch: what was assumed.
     """
 
     sizes: Sizes
@@ -80,6 +80,7 @@ class Plan:
     static: Mapping[str, int]
     passing: Mapping[str, int]
     allowance: Mapping[str, int]
+    host: int = 0
 
     @property
     def tensors(self) -> int:
@@ -120,13 +121,16 @@ def estimate(config: TrainConfig, gpus: int, sizes: Sizes | None = None, batch: 
         "EMA": 4 * T // N if config.ema.enabled else 0,
         "gradient buffers": bucket + sum_bytes * T // N if zero3 else _accumulated(config, T, N),
     }
-    peaks = _peaks(_traced(config), sizes.model, batch, dtype, T, N, zero3)
+    largest = c * max(numel for numel, trained in parameters if trained)
+    host = _offload(config, static, largest, T, N) if config.sharding.offload_optimizer else 0
+    partition = None if zero3 or host else (T, N)
+    peaks = _peaks(_traced(config), sizes.model, batch, dtype, partition, zero3)
     gathered = _gathered(P - small, c, N) if zero3 else 0
     buckets = 0 if zero3 else bucket * (2 if N > 1 else 1)  # two, so that reducing one overlaps with filling the other
     passing = {
         "forward pass": peaks.forward_peak + gathered,
         "backward pass": peaks.backward_peak + gathered + buckets,
-        "optimizer step": _step_bytes(config, T, c, N),
+        "optimizer step": 0 if host else _step_bytes(config, T, c, N),
         "encoding": _encoding_bytes(config, sizes, batch),
     }
     allowance = {
@@ -143,11 +147,12 @@ def estimate(config: TrainConfig, gpus: int, sizes: Sizes | None = None, batch: 
         static=static,
         passing=passing,
         allowance=allowance,
+        host=host,
     )
 
 
 def recommend(config: TrainConfig, gpus: int, gpu_bytes: float) -> tuple[Plan, TrainConfig] | None:
-    """The cheapest change of settings that fits: nothing, checkpointing, ZeRO 3, precomputed states; None if none does.
+    """The cheapest change of settings that fits, of those of `candidates`; None if none does.
 
     Returns: the plan and the config it is for.
     """
@@ -165,13 +170,16 @@ def candidates(config: TrainConfig, gpus: int) -> Iterator[TrainConfig]:
     bases = [config]
     if config.data.precomputed is None:
         bases.append(replace(config, data=replace(config.data, precomputed="(states)")))
-    stages = [config.sharding.zero_stage] + ([3] if gpus > 1 and config.sharding.zero_stage < 3 else [])
-    for zero_stage in stages:
+    sharding, splits = config.sharding, [config.sharding]
+    if gpus > 1 and sharding.zero_stage < 3 and not sharding.offload_optimizer:
+        splits.append(replace(sharding, zero_stage=3))
+    if sharding.zero_stage < 3 and config.optim.name == "adamw" and not sharding.offload_optimizer:
+        splits.append(replace(sharding, offload_optimizer=True))
+    for split in splits:
         for base in bases:
             for blocks in ((), ("single",), ("double", "single")):
-                if set(blocks) >= set(config.sharding.checkpoint_blocks):
-                    sharding = replace(base.sharding, zero_stage=zero_stage, checkpoint_blocks=blocks)
-                    yield replace(base, sharding=sharding)
+                if set(blocks) >= set(sharding.checkpoint_blocks):
+                    yield replace(base, sharding=replace(split, checkpoint_blocks=blocks))
 
 
 def changes(before: TrainConfig, after: TrainConfig) -> list[str]:
@@ -181,6 +189,8 @@ def changes(before: TrainConfig, after: TrainConfig) -> list[str]:
         found.append(f"sharding.zero_stage={after.sharding.zero_stage}")
     if before.sharding.checkpoint_blocks != after.sharding.checkpoint_blocks:
         found.append(f"sharding.checkpoint_blocks=[{','.join(after.sharding.checkpoint_blocks)}]")
+    if before.sharding.offload_optimizer != after.sharding.offload_optimizer:
+        found.append(f"sharding.offload_optimizer={after.sharding.offload_optimizer}")
     if before.data.precomputed != after.data.precomputed:
         found.append("data.precomputed=DIR")
     return found
@@ -258,6 +268,20 @@ def _accumulated(config: TrainConfig, T: int, N: int) -> int:
     return 4 * T if config.sharding.zero_stage == 1 else 4 * T // N
 
 
+def _offload(config: TrainConfig, static: dict[str, int], largest: int, T: int, N: int) -> int:
+    """Take out of `static` what the optimizer keeps in host memory; the bytes that are there for each GPU.
+
+    Those, gradients in fp32, a copy of the updated parameters, and the sums over micro-batches where there are some. On
+    the GPU the largest gradient has a buffer, through which sums come back.
+    """
+    c = DTYPES[config.sharding.dtype].itemsize
+    waiting = ["fp32 master weights", "optimizer state", *(["EMA"] if config.ema.source == "master" else [])]
+    moved = sum(static.pop(name) for name in waiting)
+    static["gradient buffers"] = largest
+    sums = c * T // N if config.sharding.accumulation_steps > 1 else 0
+    return moved + (4 + c) * T // N + sums + largest
+
+
 def _gathered(numel: int, c: int, N: int) -> int:
     """Whole parameters that ZeRO 3 holds during a pass, and the buffers from which the next ones are unpacked.
 
@@ -311,7 +335,13 @@ _encoding_peak = cache(trace_encoding)
 
 @cache
 def _peaks(
-    config: TrainConfig, shape: ModelShape, batch: BatchShape, dtype: torch.dtype, T: int, N: int, zero3: bool
+    config: TrainConfig,
+    shape: ModelShape,
+    batch: BatchShape,
+    dtype: torch.dtype,
+    partition: tuple[int, int] | None,
+    zero3: bool,
 ) -> StepPeaks:
-    keep = (lambda parameter: None) if zero3 else _GradientPartition(T, N)
+    """partition: arguments of `_GradientPartition`, where gradients are kept by one."""
+    keep = _GradientPartition(*partition) if partition else lambda parameter: None
     return trace_step(config, shape, batch, dtype, keep, zero3=zero3)

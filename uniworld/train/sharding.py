@@ -147,6 +147,8 @@ def engine_config(config: TrainConfig, num_trained: int, on_gpu: bool) -> dict[s
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": None,
     }
+    if sharding.offload_optimizer:
+        settings["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu}
     if bf16 and sharding.accumulation_steps > 1:
         settings["data_types"] = {"grad_accum_dtype": "fp32"}
     return settings
@@ -237,7 +239,10 @@ class Sharded:
         return StepReport(float(self.engine.get_global_grad_norm()), not self.engine.was_step_applied())
 
     def slices(self, source: Literal["master", "params"] = "master") -> list[Slice]:
-        """This rank's slices of the trained parameters, in model order: fp32 master weights or compute parameters."""
+        """This rank's slices of the trained parameters, in model order: fp32 master weights or compute parameters.
+
+        Masters are in host memory with `sharding.offload_optimizer`.
+        """
         found, start = [], 0
         for name, parameter in self._parameters.items():
             piece = _zero3_slice(parameter, source, self.world) if self.zero_stage == 3 else _slice(parameter, source)
@@ -274,7 +279,7 @@ class Sharded:
         """Whole tensors from slices, one parameter at a time; every rank must go through all of them.
 
         Args:
-            tensors: one for each of `slices()`, of its size and of `dtype`, on this rank's device.
+            tensors: one for each of `slices()`, of its size and of `dtype`, on this rank's device or in host memory.
             to_all: give every rank the tensor, else rank 0 alone and the others None.
 
         Yields: (name, tensor of the parameter's shape on this rank's device), in model order.
@@ -351,7 +356,7 @@ class Sharded:
             if self.world.rank == 0:
                 dist.recv(place, src=rank)
             elif own is not None:
-                dist.send(own.contiguous(), dst=0)
+                dist.send(own.to(self.world.device).contiguous(), dst=0)
 
     def _write_zero3(self, tensors: Sequence[Tensor]) -> None:
         optimizer = self.engine.optimizer
