@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from uniworld.engine.graphs import GraphSteps, StepGraphs
-from uniworld.engine.parallel import NO_CACHE, ParallelFlux
+from uniworld.engine.parallel import ParallelFlux
 from uniworld.engine.request import Job, Request, StepInfo
 from uniworld.engine.step_cache import predictor
 from uniworld.engine.step_errors import MeasuredSteps, StepErrors
@@ -40,8 +40,6 @@ class Denoiser:
 
     def check(self, request: Request, height: int, width: int) -> None:
         """Raise a ValueError unless the request can be drawn here at this size (of its `latents`: the packed shape)."""
-        if request.cache is not None and isinstance(self.model, ParallelFlux):
-            raise ValueError(f"cache={request.cache!r}: {NO_CACHE}")
         latents = request.latents
         shape = (1, (height // flow.TOKEN_PX) * (width // flow.TOKEN_PX), self.model.config.in_channels)
         if latents is not None and tuple(latents.shape) != shape:

@@ -87,7 +87,10 @@ class Engine(LoraMethods):
             offload=level,
             report_error=errors is not None and errors.every_step,
         )
-        self.denoiser = Denoiser(self.parallel or model.denoiser, asdict(model.time_shift), graphs, errors)
+        dit = self.parallel or model.denoiser
+        if errors is not None and not errors.every_step:
+            errors = StepErrors(dit)  # the DiT that draws, by the processes that do
+        self.denoiser = Denoiser(dit, asdict(model.time_shift), graphs, errors)
         if compile:
             compile_blocks(model.denoiser)
             warm_up(self.denoiser.model, told=progress)

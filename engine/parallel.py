@@ -18,26 +18,26 @@ from torch import Tensor
 
 from uniworld.engine.request import Job
 from uniworld.models.blocks import AttentionPlan, Rope
-from uniworld.models.flux import FluxTransformer
+from uniworld.models.flux import FluxTransformer, PassPlan
 
-NO_CACHE = "step caching does not work with sequence_parallel, leave one out"
-DONE_ALONE = ("config", "x_embedder", "embed_txt", "modulation", "rope")
+DONE_ALONE = ("config", "x_embedder", "embed_txt", "modulation", "rope", "attention_backend")
+PIECES = ("first_block", "remaining_blocks", "output")  # of a pass over own tokens, by a plan of `ParallelFlux.plan`
 
 
 class TokenExchange:
-    """Who holds which tokens, and the collectives that move them (`models.blocks.HeadExchange`)."""
+    """Who holds which tokens of a pass, and the collectives that move them (`models.blocks.HeadExchange`)."""
 
-    def __init__(self, group: dist.ProcessGroup):
+    def __init__(self, group: dist.ProcessGroup, num_img: int, num_txt: int):
+        """Shares are equal up to one token, in the order of the ranks."""
         self.group, self.rank, self.size = group, dist.get_rank(group), dist.get_world_size(group)
-        self.img: list[slice] = []  # of each rank
-        self.txt: list[slice] = []
-
-    def share_out(self, num_img: int, num_txt: int) -> None:
-        """Set the shares of a pass: equal up to one token, in the order of the ranks."""
         if min(num_img, num_txt) < self.size:
             least = f"at least {self.size} tokens of image and of text, one for each process"
             raise ValueError(f"sequence_parallel: {num_img} image and {num_txt} text tokens, needs {least}")
-        self.img, self.txt = shares(num_img, self.size), shares(num_txt, self.size)
+        self.img, self.txt = shares(num_img, self.size), shares(num_txt, self.size)  # of each rank
+
+    def own(self, img: Tensor, txt: Tensor) -> tuple[Tensor, Tensor]:
+        """This process's tokens of both streams, [B, L, C] each."""
+        return img[:, self.img[self.rank]], txt[:, self.txt[self.rank]]
 
     def scatter_heads(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Own tokens of all heads, each [B, s, H, Dh] -> all tokens of own heads [B, S, H / P, Dh], image first."""
@@ -63,6 +63,12 @@ class TokenExchange:
         s = _length(self.img[self.rank]) + _length(self.txt[self.rank])
         received = self._all_to_all(torch.cat(sent), [len(piece) for piece in sent], [B * s * heads * Dh] * self.size)
         return received.view(self.size, B, s, heads, Dh).permute(1, 2, 0, 3, 4).flatten(2, 3)
+
+    def total(self, x: Tensor) -> Tensor:
+        """The sum over all processes, added up in one order: the same bits on all."""
+        gathered = x.new_empty(self.size * x.shape[0], *x.shape[1:])
+        dist.all_gather_into_tensor(gathered, x.contiguous(), group=self.group)
+        return gathered.view(self.size, *x.shape).sum(0)
 
     def gather_img(self, x: Tensor) -> Tensor:
         """Own image tokens [B, L_own, C] -> those of all [B, L, C]."""
@@ -92,17 +98,15 @@ class ParallelFlux:
     """A `FluxTransformer` to the sampling loop, whose passes are shared among the processes of a group."""
 
     def __init__(self, model: FluxTransformer, group: dist.ProcessGroup):
-        self.model, self.exchange = model, TokenExchange(group)
-        num_heads = model.config.num_attention_heads
-        if num_heads % self.exchange.size:
-            raise ValueError(
-                f"sequence_parallel: {self.exchange.size} processes, must be a divisor of the DiT's {num_heads} heads"
-            )
+        self.model, self.group = model, group
+        size, num_heads = dist.get_world_size(group), model.config.num_attention_heads
+        if num_heads % size:
+            raise ValueError(f"sequence_parallel: {size} processes, must be a divisor of the DiT's {num_heads} heads")
 
     def __getattr__(self, name: str) -> Any:
-        """What a request prepares once every process does alone. Nothing else of the model is to be had: a part of a
-        pass would run on whole tensors here."""
-        if name not in DONE_ALONE:
+        """What a request prepares once every process does alone, and pieces of a pass run on its own tokens. Nothing
+        else of the model is to be had: it would run on whole tensors here."""
+        if name not in DONE_ALONE + PIECES:
             raise AttributeError(f"{type(self).__name__} has no {name}")
         return getattr(self.model, name)
 
@@ -110,19 +114,25 @@ class ParallelFlux:
         self, img: Tensor, txt: Tensor, modulation: Tensor, pe: Rope, txt_lengths: tuple[int, ...] | None = None
     ) -> Tensor:
         """As `FluxTransformer.denoise`, from and to whole tensors that are the same on every process."""
-        exchange = self.exchange
-        exchange.share_out(img.shape[1], txt.shape[1])
-        lengths = None if txt_lengths is None else tuple(img.shape[1] + n for n in txt_lengths)
-        own_img, own_txt = exchange.img[exchange.rank], exchange.txt[exchange.rank]
-        pe = Rope(pe.cos[own_img], pe.sin[own_img])
-        plan = AttentionPlan(pe, lengths, self.model.attention_backend, exchange)
-        velocity = self.model.denoise_planned(img[:, own_img], txt[:, own_txt], modulation, plan)
-        return exchange.gather_img(velocity)
+        plan = self.plan(img.shape[1], txt.shape[1], modulation, pe, txt_lengths)
+        img, txt = plan.attention.exchange.own(img, txt)
+        streams = self.model.first_block(self.model.x_embedder(img), txt, plan)
+        return plan.attention.exchange.gather_img(self.model.remaining_blocks(streams, plan)[1])
+
+    def plan(
+        self, num_img: int, num_txt: int, modulation: Tensor, pe: Rope, txt_lengths: tuple[int, ...] | None = None
+    ) -> PassPlan:
+        """As `FluxTransformer.plan`, for this process's tokens of so many, which its `exchange` knows."""
+        exchange = TokenExchange(self.group, num_img, num_txt)
+        own = exchange.img[exchange.rank]
+        lengths = None if txt_lengths is None else tuple(num_img + n for n in txt_lengths)
+        attention = AttentionPlan(Rope(pe.cos[own], pe.sin[own]), lengths, self.attention_backend, exchange)
+        return self.model.plan(_length(own), modulation, pe)._replace(attention=attention)
 
     def same(self, value: Any) -> Any:
         """The first process's value, on all; what is random or decided must not differ. A collective."""
         values, device = [value], self.x_embedder.weight.device
-        dist.broadcast_object_list(values, group=self.exchange.group, group_src=0, device=device)
+        dist.broadcast_object_list(values, group=self.group, group_src=0, device=device)
         return values[0]
 
     def agree_on_cancelled(self, batch: list[Job]) -> None:
@@ -130,7 +140,7 @@ class ParallelFlux:
         if all(job.request.on_step is None for job in batch):
             return
         flags = torch.tensor([job.cancelled for job in batch], dtype=torch.int32, device=self.x_embedder.weight.device)
-        dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self.exchange.group)
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self.group)
         for job, cancelled in zip(batch, flags.tolist()):
             job.cancelled = bool(cancelled)
 

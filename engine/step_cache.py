@@ -67,7 +67,7 @@ class FirstBlockCache:
         if not self.kept:
             self.kept = [Kept(s.update) for s in started]
         return [
-            self._finish(prepared, s, kept, computed, step)
+            whole(self._finish(prepared, s, kept, computed), s.plan)
             for prepared, s, kept in zip(self.batch.passes, started, self.kept)
         ]
 
@@ -79,24 +79,24 @@ class FirstBlockCache:
         ]
 
     def _start(self, prepared: PreparedPass, latents: Tensor, step: int) -> Started:
-        model = prepared.model
-        plan = model.plan(latents.shape[1], prepared.table[step], self.batch.pe, prepared.txt_lengths)
-        img = model.x_embedder(latents)
-        streams = model.first_block(img, prepared.txt, plan)
+        model, plan = prepared.model, prepared.plan(latents.shape[1], step, self.batch.pe)
+        own, txt = prepared.own(latents, plan)
+        img = model.x_embedder(own)
+        streams = model.first_block(img, txt, plan)
         return Started(plan, streams, streams.img - img)
 
     def _decide(self, started: Sequence[Started]) -> list[bool]:
         """Whether the other blocks run, of each sample."""
         if not self.kept:
             return [True] * len(self.batch.latents)
-        of_passes = [relative_change(s.update, kept.update) for s, kept in zip(started, self.kept)]
+        of_passes = [relative_change(s.update, kept.update, s.plan) for s, kept in zip(started, self.kept)]
         self.changes.append(torch.stack(of_passes).amax(0))
         if self.threshold == 0:
             return [True] * len(self.batch.latents)
         return [not change < self.threshold for change in self.changes[-1].tolist()]  # NaN computes
 
-    def _finish(self, prepared: PreparedPass, started: Started, kept: Kept, computed: list[bool], step: int) -> Tensor:
-        """The velocity of a pass [B, L, C]."""
+    def _finish(self, prepared: PreparedPass, started: Started, kept: Kept, computed: list[bool]) -> Tensor:
+        """The velocity of a pass [B, L, C], of the tokens that are here."""
         model, streams = prepared.model, started.streams
         if all(computed):
             img, velocity = model.remaining_blocks(streams, started.plan)
@@ -107,9 +107,7 @@ class FirstBlockCache:
         if not rows:
             return reused
         part = tree_map_only(Tensor, partial(take, rows=rows), streams)
-        lengths = prepared.txt_lengths and tuple(prepared.txt_lengths[i] for i in rows)
-        plan = model.plan(part.img.shape[1], take(prepared.table[step], rows), self.batch.pe, lengths)
-        img, velocity = model.remaining_blocks(part, plan)
+        img, velocity = model.remaining_blocks(part, plan_of(started.plan, rows))
         for at, i in enumerate(rows):
             kept.update[i], kept.rest[i] = started.update[i], img[at] - part.img[at]
             reused[i] = velocity[at]
@@ -155,29 +153,48 @@ class TaylorCache:
         return reports
 
     def _compute(self, prepared: PreparedPass, residuals: list[Tensor], latents: Tensor, step: int) -> Tensor:
-        model = prepared.model
-        plan = model.plan(latents.shape[1], prepared.table[step], self.batch.pe, prepared.txt_lengths)
-        start = model.x_embedder(latents)
-        img, velocity = model.remaining_blocks(model.first_block(start, prepared.txt, plan), plan)
+        model, plan = prepared.model, prepared.plan(latents.shape[1], step, self.batch.pe)
+        own, txt = prepared.own(latents, plan)
+        start = model.x_embedder(own)
+        img, velocity = model.remaining_blocks(model.first_block(start, txt, plan), plan)
         residual = img - start
         if len(residuals) == self.order + 1:
-            change = relative_change(extrapolate(self.sigmas, residuals, self.batch.sigmas[step]), residual)
+            change = relative_change(extrapolate(self.sigmas, residuals, self.batch.sigmas[step]), residual, plan)
             self.changes[-1] = change if self.changes[-1] is None else torch.maximum(self.changes[-1], change)
             del residuals[0]
         residuals.append(residual)
-        return velocity
+        return whole(velocity, plan)
 
     def _extrapolate(self, prepared: PreparedPass, residuals: list[Tensor], latents: Tensor, step: int) -> Tensor:
-        model = prepared.model
-        plan = model.plan(latents.shape[1], prepared.table[step], self.batch.pe, prepared.txt_lengths)
+        model, plan = prepared.model, prepared.plan(latents.shape[1], step, self.batch.pe)
+        own, _ = prepared.own(latents, plan)
         residual = extrapolate(self.sigmas, residuals, self.batch.sigmas[step])
-        return model.output((model.x_embedder(latents) + residual).to(latents.dtype), plan)
+        return whole(model.output((model.x_embedder(own) + residual).to(latents.dtype), plan), plan)
 
 
-def relative_change(new: Tensor, old: Tensor) -> Tensor:
-    """Sum of |new - old| over the sum of |old|, of each sample: [B, L, D] -> [B] fp32."""
+def relative_change(new: Tensor, old: Tensor, plan: PassPlan) -> Tensor:
+    """Sum of |new - old| over the sum of |old|, of each sample: [B, L, D] -> [B] fp32, over the tokens of all
+    processes, so that all decide alike."""
     norm = partial(torch.linalg.vector_norm, ord=1, dim=(1, 2), dtype=torch.float32)
-    return norm(new - old) / norm(old)
+    sums = torch.stack([norm(new - old), norm(old)])
+    if plan.attention.exchange is not None:
+        sums = plan.attention.exchange.total(sums)
+    return sums[0] / sums[1]
+
+
+def whole(velocity: Tensor, plan: PassPlan) -> Tensor:
+    """The velocity of all tokens, from that of the tokens that are here."""
+    exchange = plan.attention.exchange
+    return velocity if exchange is None else exchange.gather_img(velocity)
+
+
+def plan_of(plan: PassPlan, rows: Sequence[int]) -> PassPlan:
+    """The plan of some samples of a batch."""
+    lengths = plan.attention.lengths and tuple(plan.attention.lengths[i] for i in rows)
+    doubles, singles, output = tree_map_only(
+        Tensor, partial(take, rows=rows), (plan.doubles, plan.singles, plan.output)
+    )
+    return PassPlan(plan.num_img, doubles, singles, output, plan.attention._replace(lengths=lengths))
 
 
 def extrapolate(points: Sequence[float], values: Sequence[Tensor], at: float) -> Tensor:

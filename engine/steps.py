@@ -17,7 +17,7 @@ from uniworld.engine.request import StepCacheReport
 from uniworld.kernels.flow_step import flow_step
 from uniworld.models.blocks import Rope
 from uniworld.models.conditioning import Conditioning
-from uniworld.models.flux import FluxTransformer
+from uniworld.models.flux import FluxTransformer, PassPlan
 
 DiT = FluxTransformer | ParallelFlux
 
@@ -30,6 +30,17 @@ class PreparedPass:
         self.txt = model.embed_txt(conditioning.txt)
         self.txt_lengths = conditioning.lengths_if_padded
         self.table = model.modulation(sigmas[:-1, None], guidance, conditioning.pooled)
+
+    def plan(self, num_img: int, step: int, pe: Rope) -> PassPlan:
+        """What the pieces of a step's pass share; with several processes, the pieces of own tokens."""
+        if isinstance(self.model, ParallelFlux):
+            return self.model.plan(num_img, self.txt.shape[1], self.table[step], pe, self.txt_lengths)
+        return self.model.plan(num_img, self.table[step], pe, self.txt_lengths)
+
+    def own(self, latents: Tensor, plan: PassPlan) -> tuple[Tensor, Tensor]:
+        """The tokens of the latents and of the text that are here: all, unless several processes share them."""
+        exchange = plan.attention.exchange
+        return (latents, self.txt) if exchange is None else exchange.own(latents, self.txt)
 
     def velocity(self, latents: Tensor, step: int, pe: Rope) -> Tensor:
         return self.model.denoise(latents, self.txt, self.table[step], pe, self.txt_lengths)

@@ -28,6 +28,11 @@ REQUESTS = [
     Request(prompt="a cat", seed=1, **DRAWN),
     Request(prompt="a much longer prompt, so that the batch is padded", seed=2, guidance_scale=2.0, **DRAWN),
 ]
+CACHED_STEPS = 5
+CACHED = [
+    Request(prompt="a cat", seed=3, cache=cache, cache_threshold=1.0, **{**DRAWN, "num_inference_steps": CACHED_STEPS})
+    for cache in ("first_block", "taylor")
+]
 
 
 def small_flux(heads=4, dtype=torch.float32):
@@ -68,6 +73,9 @@ def main(output):
     for index, result in enumerate(engine.run(REQUESTS)):
         results[f"picture{index}"] = same_on_all(result.latents)
         assert result.graphs.startswith("eager: with sequence_parallel a step waits for other processes")
+    for index, result in enumerate(engine.run(CACHED)):
+        results[f"cached{index}"] = same_on_all(result.latents)
+        results[f"computed{index}"] = same_on_all(torch.tensor(result.step_cache.computed, dtype=torch.int64))
 
     def stop_after_one(info):  # only the last process wants to
         return not (dist.get_rank() == dist.get_world_size() - 1 and info.step == 1)

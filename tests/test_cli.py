@@ -203,10 +203,6 @@ BAD = {
     "output is a folder": (["generate", "cat", "-o", "folder"], "folder: is a directory"),
     "chat image": (["chat", "hi", "--image", "none.png"], "none.png: no such file"),
     "chat on several GPUs": (["chat", "hi", "--sequence-parallel"], "only edit, generate and perceive can run on"),
-    "cache on several GPUs": (
-        ["generate", "cat", "--sequence-parallel", "--cache", "taylor"],
-        "--cache taylor: step caching does not work with sequence_parallel",
-    ),
     "chat mode": (["chat", "hi", "--mode", "song"], "'song' is not one of 'auto', 'image', 'text'"),
     "chat output": (["chat", "hi", "-o", "good.png"], "good.png is a file, must be a folder"),
     "chat output in /proc": (["chat", "hi", "-o", "/proc/mine"], "--output /proc/mine: /proc cannot be written to"),

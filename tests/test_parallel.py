@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from denoise_jobs import FakeRecorder, draw, make_denoiser, make_dit, make_job
-from parallel_worker import PASSES, REQUESTS, prepared, small_flux
+from parallel_worker import CACHED, CACHED_STEPS, PASSES, REQUESTS, prepared, small_flux
 from PIL import Image, ImageChops
 from safetensors.torch import load_file, save_file
 
@@ -19,6 +19,7 @@ from uniworld.checkpoint.tiny_configs import DENOISER
 from uniworld.engine import Engine, parallel
 from uniworld.engine.denoiser import Denoiser
 from uniworld.engine.graphs import StepGraphs, graphs_for_engine
+from uniworld.engine.step_errors import StepErrors
 from uniworld.models.flux import FluxConfig
 
 HERE = Path(__file__).parent
@@ -132,6 +133,50 @@ def test_the_step_loop_draws_what_one_process_draws(monkeypatch, settings):
         assert mine.graphs == "eager: with sequence_parallel a step waits for other processes, which is not recorded"
 
 
+CACHES = {
+    "first block": {"cache": "first_block", "cache_threshold": 0.6},
+    "taylor": {"cache": "taylor", "cache_interval": 2},
+}
+
+
+@pytest.mark.parametrize("size, cfg", [(2, 1.0), (2, 3.0), (4, 1.0)])
+@pytest.mark.parametrize("cache", CACHES)
+def test_step_caches_decide_as_one_process_does(monkeypatch, cache, size, cfg):
+    """Over the tokens of all processes: no share alone knows the change of the whole."""
+    group, model = Threads(size), make_dit()
+    monkeypatch.setattr(parallel, "dist", group)
+    settings = {"true_cfg_scale": cfg, "num_inference_steps": 10, **CACHES[cache]}
+
+    def jobs(_):
+        return [make_job(i, 5 + 3 * i, guidance_scale=(1.0, 3.5, 9.0)[i], **settings) for i in range(3)]
+
+    expected = draw(make_denoiser(setting=False, model=model), *jobs(0))
+    for found in drawn_by(group, model, jobs):
+        for mine, alone in zip(found, expected):
+            assert mine.step_cache.computed == alone.step_cache.computed
+            known = [[c for c in job.step_cache.changes if c is not None] for job in (mine, alone)]
+            assert known[0] == pytest.approx(known[1], rel=1e-4, abs=1e-6)
+            torch.testing.assert_close(mine.latents, alone.latents, rtol=1e-4, atol=1e-4)
+    assert any(job.step_cache.num_saved for job in expected)
+    if cache == "first block" and cfg == 1:
+        assert len({job.step_cache.computed for job in expected}) > 1, "all decided alike, so that nothing is shown"
+
+
+def test_errors_of_a_step_cache_on_several_processes(monkeypatch):
+    """Against the pass that all processes make together: nothing where nothing was left out, to the bit."""
+    group, model = Threads(2), make_dit()
+    monkeypatch.setattr(parallel, "dist", group)
+
+    def of_rank():
+        shared = parallel.ParallelFlux(model, None)
+        return draw(Denoiser(shared, errors=StepErrors(shared)), make_job(1, **CACHES["taylor"]))
+
+    (alone,) = draw(Denoiser(model, errors=StepErrors(model)), make_job(1, **CACHES["taylor"]))
+    for (job,) in group.run(of_rank):
+        assert [e == 0 for e in job.step_errors] == list(job.step_cache.computed)
+        torch.testing.assert_close(torch.stack(job.step_errors), torch.stack(alone.step_errors), rtol=1e-3, atol=1e-5)
+
+
 def test_cancelled_on_one_process_is_cancelled_on_all(monkeypatch):
     """After the same step, and no other job of the batch."""
     group, model, steps = Threads(2), make_dit(), []
@@ -153,10 +198,8 @@ def test_what_does_not_work_with_several_processes_is_refused(monkeypatch):
     monkeypatch.setattr(parallel, "dist", Threads(1))
     parallel.dist.own.rank = 0
     shared = parallel.ParallelFlux(make_dit(), None)
-    with pytest.raises(ValueError, match="^cache='taylor': step caching does not work with sequence_parallel"):
-        Denoiser(shared).check(make_job(1, cache="taylor").request, 64, 80)
-    with pytest.raises(AttributeError, match="ParallelFlux has no first_block"):
-        shared.first_block(None, None, None)
+    with pytest.raises(AttributeError, match="ParallelFlux has no forward"):
+        shared.forward(None, None, None)
     with pytest.raises(ValueError, match="^cuda_graphs=True: with sequence_parallel a step waits for other"):
         Engine.from_pretrained("tiny", device="cuda", cuda_graphs=True, sequence_parallel=object())
     graphs = StepGraphs(True, recorder=FakeRecorder())
@@ -188,6 +231,10 @@ def test_two_processes_equal_one(tmp_path):
     engine = Engine.from_pretrained("tiny", device="cpu", progress=False)
     for index, result in enumerate(engine.run(REQUESTS)):
         torch.testing.assert_close(found[f"picture{index}"], result.latents, rtol=1e-5, atol=1e-5)
+    for index, result in enumerate(engine.run(CACHED)):
+        assert found[f"computed{index}"].tolist() == list(result.step_cache.computed)
+        assert 0 < result.step_cache.num_saved < CACHED_STEPS
+        torch.testing.assert_close(found[f"cached{index}"], result.latents, rtol=1e-4, atol=1e-4)
     assert found["stopped"].isfinite().all()
 
 

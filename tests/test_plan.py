@@ -127,8 +127,8 @@ def test_a_recommendation_fits():
 
 
 def test_an_offloaded_optimizer_leaves_the_gpu():
-    """What stays on it are weights; in host memory are 4 bytes a trained parameter of master, gradient and average each,
-    8 of moments, 2 of the copy that goes to the GPU, and a buffer for the largest gradient."""
+    """What stays on it are weights; in host memory are 4 bytes a trained parameter of master, gradient and average
+    each, 8 of moments, 2 of the copy that goes to the GPU, and a buffer for the largest gradient."""
     overrides = ("sharding.offload_optimizer=false", "sharding.offload_optimizer=true")
     plain, offloaded = (estimate(load_config(STAGE2[0], [*STAGE2[1:], override]), 1) for override in overrides)
     T = plain.num_trained

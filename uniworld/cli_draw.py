@@ -91,7 +91,7 @@ def _draw_to_file(
     report: ReportOptions,
 ) -> None:
     """Check everything that can be checked without weights, load, draw, and write the picture in one move."""
-    from uniworld.engine.parallel import NO_CACHE, is_first_process
+    from uniworld.engine.parallel import is_first_process
     from uniworld.models.images import check_writable, read_image, write_image
 
     settings = drawing.settings()
@@ -103,8 +103,6 @@ def _draw_to_file(
     with plain_warnings(console):
         images = [read_image(path) for path in paths]
         check_request(prompt, images, settings)
-        if load.sequence_parallel and drawing.cache:
-            raise ValueError(f"--cache {settings['cache']}: {NO_CACHE}")
         engine, load_s = load_engine(load, drawing.t5, report)
         if writes:
             note_random_weights(engine, NOISE_NOTE)

@@ -37,6 +37,15 @@ class Modulation(NamedTuple):
 class HeadExchange(Protocol):
     """Sequence parallelism: each process holds some tokens of every head, and attends with some heads to all tokens."""
 
+    def own(self, img: Tensor, txt: Tensor) -> tuple[Tensor, Tensor]:
+        """All tokens of both streams, [B, L, C] each -> those of this process."""
+
+    def gather_img(self, x: Tensor) -> Tensor:
+        """Own image tokens [B, L_own, C] -> those of all processes [B, L, C]."""
+
+    def total(self, x: Tensor) -> Tensor:
+        """The sum of `x` over all processes, the same bits on each."""
+
     def scatter_heads(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Own tokens of all heads, each [B, S_own, H, Dh] -> all tokens of own heads [B, S, H_own, Dh]."""
 

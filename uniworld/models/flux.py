@@ -112,6 +112,7 @@ class PassPlan(NamedTuple):
     """What the pieces of one pass share; made by `FluxTransformer.plan`."""
 
     num_img: int
+    """Of the tokens that are here; with `attention.exchange` others hold more."""
     doubles: list[tuple[Modulation, Modulation, Modulation, Modulation]]
     singles: list[Modulation]
     output: tuple[Tensor, Tensor]  # scale and shift of the output head, each [B, D]
@@ -221,11 +222,7 @@ class FluxTransformer(nn.Module):
 
         Returns: velocity [B, L_img, out_channels].
         """
-        return self.denoise_planned(img, txt, modulation, self._attention(img.shape[1], pe, txt_lengths))
-
-    def denoise_planned(self, img: Tensor, txt: Tensor, modulation: Tensor, attention: AttentionPlan) -> Tensor:
-        """As `denoise`, attention as `attention` says; with its `exchange`, these are only some of the tokens."""
-        plan = PassPlan(img.shape[1], *self._split(modulation), attention)
+        plan = self.plan(img.shape[1], modulation, pe, txt_lengths)
         return self.remaining_blocks(self.first_block(self.x_embedder(img), txt, plan), plan)[1]
 
     def plan(self, num_img: int, modulation: Tensor, pe: Rope, txt_lengths: tuple[int, ...] | None = None) -> PassPlan:
@@ -233,7 +230,8 @@ class FluxTransformer(nn.Module):
 
         `denoise` is `first_block`, then `remaining_blocks`; a sampler that replaces the latter ends with `output`.
         """
-        return PassPlan(num_img, *self._split(modulation), self._attention(num_img, pe, txt_lengths))
+        lengths = None if txt_lengths is None else tuple(num_img + n for n in txt_lengths)
+        return PassPlan(num_img, *self._split(modulation), AttentionPlan(pe, lengths, self.attention_backend))
 
     def first_block(self, img: Tensor, txt: Tensor, plan: PassPlan) -> Streams:
         """The first double block; img: from `x_embedder` [B, L_img, D]; txt: as in `denoise`."""
@@ -253,10 +251,6 @@ class FluxTransformer(nn.Module):
         """The velocity [B, L_img, out_channels] of an image stream as it is behind the last block [B, L_img, D]."""
         scale, shift = plan.output
         return self.proj_out(adaln_modulate(img, scale, shift))
-
-    def _attention(self, num_img: int, pe: Rope, txt_lengths: tuple[int, ...] | None) -> AttentionPlan:
-        lengths = None if txt_lengths is None else tuple(num_img + n for n in txt_lengths)
-        return AttentionPlan(pe, lengths, self.attention_backend)
 
     def _split(self, modulation: Tensor):
         """Views of one row of the table: 4 triples a double block, 1 a single block, (scale, shift) of the output."""
