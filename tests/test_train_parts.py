@@ -20,8 +20,6 @@ from torch import nn
 from uniworld.checkpoint.names import VLM, authors_names
 from uniworld.config import CheckpointConfig, EMAConfig, OptimConfig
 from uniworld.data.scenes import edits
-from uniworld.data.scenes.graph import COLOURS, SHAPES
-from uniworld.data.scenes.render import render
 from uniworld.data.scenes.tasks import make_item
 from uniworld.engine import Engine
 from uniworld.models.prompts import ANSWER_START, VLMInputs
@@ -233,56 +231,6 @@ def words(tmp_path_factory):
     folder = tmp_path_factory.mktemp("words") / "words"
     with mock.patch.object(parts_words, "texts", lambda: parts_words.learned_texts(100)):
         return parts_words.open_tokenizers(folder)
-
-
-def test_what_is_seen_is_read_point_by_point():
-    """Against the renderer's own pixels: the thing at every point, token by token, and what the whole picture is."""
-    items = [make_item("understanding", seed, size_px=64) for seed in (0, 3)]
-    labels = dense.dense_labels([item.scenes[0] for item in items], 16)
-    assert labels["points"].shape == (2, 16, 16, 4) and labels["whole"].shape == (2, 3)
-    for item, points, whole, surface in zip(items, labels["points"], labels["whole"], labels["surface"]):
-        scene = item.scenes[0]
-        ids = render(scene, 16).ids
-        for y, x in np.ndindex(16, 16):
-            thing = scene.things[ids[y, x] - 1] if ids[y, x] else None
-            names = [None if thing is None else getattr(thing, name) for name in dense.OF_A_THING]
-            assert [([None] + list(of))[n] for of, n in zip(dense.OF_A_THING.values(), points[y, x])] == names
-        rendered = render(scene, 16)
-        assert np.array_equal(surface[..., :3], rendered.normal)
-        assert np.allclose(surface[..., 3] * dense.DEPTH_SPREAD + dense.MIDDLE_DEPTH, rendered.depth, atol=1e-4)
-        assert [of[n] for of, n in zip(dense.OF_A_SCENE.values(), whole)] == [
-            scene.background,
-            scene.light,
-            scene.style,
-        ]
-    by_token = dense.DenseHead(8, 4).by_token(labels["points"])
-    assert by_token.shape == (2, 16, 16, 4)  # 4 x 4 tokens, each of 4 x 4 points
-    assert torch.equal(by_token[1, 6].view(4, 4, 4), labels["points"][1, 4:8, 8:12])  # row 1, column 2
-
-
-def test_a_layer_that_knows_reads_everything_rightly():
-    """States that hold the labels themselves: the loss goes to zero, and every share of right ones to 1."""
-    scenes = [make_item("understanding", seed, size_px=64).scenes[0] for seed in range(3)]
-    labels = dense.dense_labels(scenes, 4)
-    torch.manual_seed(0)
-    states, head = nn.Parameter(torch.randn(3, 4, 64)), dense.DenseHead(64, 2)
-    for parameter in head.parameters():
-        nn.init.zeros_(parameter)
-    nn.init.ones_(head.norm.weight)
-    first, _ = head(states, labels)
-    by_hand = sum(math.log(n) for n in dense.POINT_CLASSES) + np.mean([math.log(n) for n in dense.SCENE_CLASSES])
-    by_hand += dense.EMPTY_WEIGHT * sum(math.log(n) for n in dense.POINT_CLASSES)
-    there, errors = labels["points"][..., 0] > 0, labels["surface"].square().sum(-1)
-    by_hand += float(errors[there].mean() + dense.EMPTY_WEIGHT * errors[~there].mean())
-    assert float(first.detach()) == pytest.approx(by_hand, rel=1e-5)
-    optimizer = torch.optim.AdamW([states, *head.parameters()], lr=0.03)
-    for _ in range(80):
-        loss, right = head(states, labels)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    assert float(loss.detach()) < 0.05 * float(first.detach()) and right.pop("surface_error") < 0.1, right
-    assert min(map(float, right.values())) == 1, right
 
 
 def test_a_short_answer_counts_nearly_as_much_as_a_caption():
@@ -530,24 +478,6 @@ def test_guidance_is_learned_from_the_model_itself(words, parts, tmp_path):
         by_hand.append((pred[row].double() - wanted).square().mean())
     assert float(more["flow"]) == pytest.approx(float(torch.stack(by_hand).mean().detach()), rel=1e-4)
     assert not torch.allclose(pred[~silent], alone[~silent], atol=1e-3)
-
-
-def test_what_a_text_speaks_of_is_counted():
-    scenes = [make_item("understanding", seed, size_px=64).scenes[0] for seed in range(12)]
-    for scene, row in zip(scenes, dense.said_labels(scenes)):
-        for number, count in enumerate(row.tolist()):
-            shape, colour = SHAPES[number // len(COLOURS)], tuple(COLOURS)[number % len(COLOURS)]
-            there = sum((thing.shape, thing.colour) == (shape, colour) for thing in scene.things)
-            assert count == min(there, dense.MAX_SAID)
-    said, background = dense.said_labels(scenes), torch.arange(12) % 9
-    head, states = dense.SaidHead(32), nn.Parameter(torch.randn(12, 5, 32))
-    optimizer = torch.optim.AdamW([states, *head.parameters()], lr=0.05)
-    for _ in range(80):
-        loss, found = head(states, said, background)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    assert float(loss.detach()) < 0.5 and float(found) == 1
 
 
 def test_latents_are_those_of_the_autoencoder_and_are_made_once(words, parts, tmp_path):

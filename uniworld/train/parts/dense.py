@@ -119,11 +119,9 @@ class DenseHead(nn.Module):
             right[f"{name}_right"] = (logits.detach().argmax(-1) == label)[there].float().mean()
         if self.surface is not None:
             found_surface = self.surface(states).unflatten(-1, (self.p**2, -1)).float()
-            squared = (found_surface - self.by_token(labels["surface"])).square()
-            loss, right["surface_error"] = (
-                loss + _balanced(squared.sum(-1), there),
-                squared.detach().sum(-1)[there].mean(),
-            )
+            squared = (found_surface - self.by_token(labels["surface"])).square().sum(-1)
+            loss = loss + _balanced(squared, there)
+            right["surface_error"] = squared.detach()[there].mean()
         whole = self.whole(states.mean(1)).float().split(SCENE_CLASSES, dim=-1)
         for name, logits, label in zip(OF_A_SCENE, whole, labels["whole"].long().unbind(-1)):
             loss = loss + F.cross_entropy(logits, label) / len(OF_A_SCENE)
