@@ -66,7 +66,8 @@ def test_every_input_matters(engine):
         assert not torch.allclose(base, other.latents, atol=1e-4), i
 
 
-def test_size_auto_follows_the_picture(engine):
+def test_size_auto_follows_the_picture(engine, monkeypatch):
+    monkeypatch.setattr(engine.model, "anchor_px", 256 * 256)
     result = engine.edit(picture(size=(120, 80)), "x", num_inference_steps=1)
     assert (result.height, result.width) == (192, 288)  # 3:2 at the area of 256x256
     result = engine.generate("x", num_inference_steps=1)

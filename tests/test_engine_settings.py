@@ -235,6 +235,7 @@ def test_variants_bring_what_they_need(monkeypatch, references, queries, brought
     """VAE latents of reference pictures need the VAE, and learned queries the VLM once more."""
     model = load_uniworld("tiny", device="cpu", progress=False)
     model.references = references
+    model.known_world = None  # or every picture goes through the semantic encoder, to see whether it is strange
     if queries:
         model.queries = LearnedQueries.fresh(4, model.vlm.model.get_input_embeddings().weight, seed=4)
     expected = Engine(model).edit(CAT, "make it snow", **FAST)

@@ -101,6 +101,7 @@ def test_the_recipe_from_nothing_to_an_edit(tmp_path):
     again = subprocess.run([*command, "--num", "12"], cwd=ROOT, capture_output=True, text=True, timeout=100)
     assert again.returncode == 0 and again.stderr == ""
     assert json.loads((root / "model" / "config.json").read_text())["uniworld"]["random_weights"] is False
+    assert not list((root / "model").glob("*_projector.*"))  # they are in the model's own files
     engine = Engine.from_pretrained(str(root / "model"), progress=False)
     result = engine.edit(Image.new("RGB", (128, 128), "grey"), "make the ball red", num_inference_steps=2, seed=0)
     assert result.images[0].size == (128, 128)

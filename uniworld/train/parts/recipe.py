@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from uniworld.checkpoint.connector_files import EXPORTS
 from uniworld.checkpoint.locate import read_json
 from uniworld.checkpoint.save import atomic_folder
 from uniworld.data.scenes.make import write_whole
@@ -80,8 +81,12 @@ def take_finished(root: Path, finished: Path) -> list[str]:
 
 
 def write_model(root: Path) -> None:
-    """The averaged weights of stage 2 as a complete model, in files of at most MAX_FILE_BYTES."""
-    export(root / "stage2", root / "model", ema=True, overwrite=True, max_shard_bytes=MAX_FILE_BYTES)
+    """The averaged weights of stage 2 as a complete model, in files of at most MAX_FILE_BYTES; without the copies of
+    the connectors that `export` puts beside the model they are in."""
+    model = root / "model"
+    export(root / "stage2", model, ema=True, overwrite=True, max_shard_bytes=MAX_FILE_BYTES)
+    for path in (model / f"{part}{suffix}" for part in EXPORTS for suffix in (".bin", ".safetensors")):
+        path.unlink(missing_ok=True)
 
 
 class Recipe:

@@ -1,0 +1,39 @@
+"""The recipe of `tiny` learns: a short training from nothing beats a stated score on held-out scenes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.mark.slow
+def test_a_semantic_encoder_learns_in_minutes(tmp_path):
+    """250 of 2,000 steps. By chance 3 % of the captions are found and 10 % of the colours are read rightly."""
+    settings = (
+        "num_steps=250",
+        "optim.warmup_steps=50",
+        f"run_dir={tmp_path / 'run'}",
+        f"words={ROOT / 'weights/tiny/words'}",
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "uniworld.cli",
+        "train-part",
+        "configs/tiny/semantic_encoder.yaml",
+        *settings,
+        "-q",
+    ]
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "2"}, capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    scores = json.loads((tmp_path / "run" / "scores.json").read_text())
+    assert scores["found"] > 0.5, scores
+    assert scores["colour_right"] > 0.65, scores
+    assert scores["psnr_db"] > 18, scores
