@@ -64,6 +64,9 @@ class TwoTowers(nn.Module):
         super().__init__()
         dim, patch = SIGLIP["hidden_size"], SIGLIP["patch_size"]
         self.vision = SemanticEncoder.from_config(SIGLIP, SIGLIP_PREPROCESSOR).model.requires_grad_(True)
+        table = next(weight for name, weight in self.vision.named_parameters() if "position_embedding" in name)
+        with torch.no_grad():
+            table.copy_(place_waves(SIGLIP["image_size"] // patch, dim))
         self.text = TextTower(vocab_size, EMBEDDING)
         self.attend = nn.Linear(dim, 1)
         self.project = nn.Linear(dim, EMBEDDING)
@@ -177,6 +180,20 @@ class Contrastive:
         module = self.module
         similarity = module.embed_pictures(states) @ module.embed_captions(batch["ids"], batch["mask"]).T
         return (module.log_scale.exp() * similarity + module.bias).float()
+
+
+def place_waves(side: int, dim: int) -> Tensor:
+    """[side^2, dim], where the position table starts: sine and cosine of row and column at dim / 4 frequencies.
+
+    The DiT's rotary embedding is made of such waves; here they are to be linear in the states, and not only decodable.
+    Source: the tables of Vaswani et al., 2017, section 3.5, in two dimensions as in He et al., 2022, MAE.
+    """
+    frequencies = 10_000 ** (-torch.arange(dim // 4) / (dim // 4))
+    places = torch.arange(side)
+    angles = places[:, None] * frequencies
+    waves = torch.cat([angles.sin(), angles.cos()], 1)
+    rows = waves.repeat_interleave(side, 0)
+    return torch.cat([rows, waves.repeat(side, 1)], 1)
 
 
 def patches(pixels: Tensor) -> Tensor:
