@@ -188,12 +188,10 @@ def place_waves(side: int, dim: int) -> Tensor:
     The DiT's rotary embedding is made of such waves; here they are to be linear in the states, and not only decodable.
     Source: the tables of Vaswani et al., 2017, section 3.5, in two dimensions as in He et al., 2022, MAE.
     """
-    frequencies = 10_000 ** (-torch.arange(dim // 4) / (dim // 4))
-    places = torch.arange(side)
-    angles = places[:, None] * frequencies
-    waves = torch.cat([angles.sin(), angles.cos()], 1)
-    rows = waves.repeat_interleave(side, 0)
-    return torch.cat([rows, waves.repeat(side, 1)], 1)
+    from diffusers.models.embeddings import get_2d_sincos_pos_embed
+
+    waves = get_2d_sincos_pos_embed(dim, side, base_size=side, output_type="pt")
+    return waves.roll(dim // 2, 1).float()  # diffusers has columns first
 
 
 def patches(pixels: Tensor) -> Tensor:
