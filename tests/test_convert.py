@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from uniworld.checkpoint import convert as convert_module
+from uniworld.checkpoint.connector_files import write_connector
 from uniworld.checkpoint.convert import convert
 from uniworld.checkpoint.load import load_uniworld
 from uniworld.checkpoint.locate import weight_files
@@ -77,6 +78,26 @@ def test_the_seed_decides_the_connectors(sources, tmp_path):
     assert all(torch.equal(same[0][k], same[1][k]) for k in same[0])
     assert not torch.equal(same[0][key], other[key])
     assert torch.equal(same[0]["lm_head.weight"], other["lm_head.weight"])
+
+
+def test_given_connectors_are_taken_and_the_others_fresh(sources, tmp_path):
+    fresh = tensors_of(convert(**sources, out=tmp_path / "fresh"))
+    prefix = "denoise_tower.siglip_projector."
+    given = {key.removeprefix(prefix): tensor.float() + 1 for key, tensor in fresh.items() if key.startswith(prefix)}
+    (tmp_path / "given").mkdir()
+    write_connector(tmp_path / "given", "siglip_projector", given)
+    taken = tensors_of(convert(**sources, out=tmp_path / "out", connectors=tmp_path / "given"))
+    for key, tensor in taken.items():
+        expected = given[key.removeprefix(prefix)].to(tensor.dtype) if key.startswith(prefix) else fresh[key]
+        assert torch.equal(tensor, expected), key
+    write_connector(tmp_path / "given", "siglip_projector", given | {"2.bias": torch.zeros(3)})
+    with pytest.raises(
+        ValueError, match=r"connectors=.*given: denoise_tower.siglip_projector.2.bias is \[3\], must be"
+    ):
+        convert(**sources, out=tmp_path / "wrong", connectors=tmp_path / "given")
+    assert not (tmp_path / "wrong").exists()
+    with pytest.raises(FileNotFoundError, match="holds neither denoise_projector.bin nor siglip_projector.bin"):
+        convert(**sources, out=tmp_path / "wrong", connectors=tmp_path)
 
 
 def test_connector_widths(sources, tmp_path):

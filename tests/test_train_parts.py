@@ -515,6 +515,38 @@ def test_the_base_draws_its_samples_and_scores(words, parts, tmp_path):
     assert len((tmp_path / "samples.txt").read_text().splitlines()) == 16
 
 
+def test_redux_learns_to_draw_what_it_is_shown(words, parts, tmp_path):
+    """From the base's weights; pictures that it has learned, shown in another order, are no longer those wanted."""
+    shutil.copytree(parts, tmp_path, dirs_exist_ok=True)
+    for name in ("semantic_encoder", "base"):
+        make_part(part_config(name, tmp_path / name, words, tmp_path)).export(tmp_path / name / "model")
+    part = make_part(part_config("redux", tmp_path / "redux", words, tmp_path, "num_items=8"))
+    base_weights = load_file(tmp_path / "base" / "model" / "transformer" / "diffusion_pytorch_model.safetensors")
+    for name in ("x_embedder.weight", "single_transformer_blocks.0.proj_mlp.weight"):
+        assert torch.equal(part.module.denoiser.get_parameter(name), base_weights[name].float())
+    batch = part.make(range(4))
+    pictures = [Image.fromarray(make_item(base.TASKS[n], n).pictures[-1]) for n in range(4)]
+    states = part.encoder(part.encoder.preprocess(pictures))
+    assert float((batch["states"] - states).norm() / states.norm()) < 1e-3  # kept in fp16
+    without_states = make_part(part_config("base", tmp_path / "base", words, tmp_path, "num_items=8")).make(range(4))
+    assert all(torch.equal(batch[name], without_states[name]) for name in ("mean", "std", "t5_ids", "clip_ids"))
+
+    logged = overfit(part, batch, num_steps=40, lr=1.5e-3)
+    assert np.mean([more["pictures"] for _, more in logged[-5:]]) < 0.8 * logged[0][1]["pictures"], logged[::10]
+    assert all(not p.requires_grad for p in (*part.module.t5.parameters(), *part.module.clip.parameters()))
+    with torch.no_grad():
+        shown, swapped = (
+            np.mean(
+                [
+                    float(part.loss(batch | {"states": s}, torch.Generator().manual_seed(n))[1]["pictures"])
+                    for n in range(8)
+                ]
+            )
+            for s in (batch["states"], batch["states"].roll(1, 0))
+        )
+    assert shown < swapped
+
+
 def test_a_part_says_which_other_it_needs(words, tmp_path):
     for name, wanted in (("base", "vae/model: holds no image autoencoder"), ("task_head", "vlm/model is not there")):
         with pytest.raises(FileNotFoundError, match=f"{wanted}; train"):
@@ -564,9 +596,13 @@ def test_the_task_head_learns_on_the_states_that_the_engine_routes_by(words, par
 def test_parts_make_a_checkpoint_that_draws_and_routes(words, parts, tmp_path):
     """What stage 1 starts from; the parts are hardly trained, their connectors are fresh."""
     shutil.copytree(parts, tmp_path, dirs_exist_ok=True)
-    for name in ("base", "task_head", "semantic_encoder"):
-        make_part(part_config(name, tmp_path / name, words, parts)).export(tmp_path / name / "model")
+    for name in ("semantic_encoder", "base", "redux", "task_head"):
+        make_part(part_config(name, tmp_path / name, words, tmp_path)).export(tmp_path / name / "model")
     folder = write_start(tmp_path, tmp_path / "start")
+    connector = load_file(tmp_path / "redux" / "model" / "siglip_projector.safetensors")
+    stored = {key: tensor for path in folder.glob("*.safetensors") for key, tensor in load_file(path).items()}
+    assert all(torch.equal(stored[key], tensor.bfloat16()) for key, tensor in connector.items())
+    assert not list((folder / "flux").glob("siglip_projector.*"))  # it stands in the checkpoint
     assert not (folder / "flux" / "transformer").exists()  # the checkpoint holds the DiT
     engine = Engine.from_pretrained(str(folder), progress=False)
     picture = Image.fromarray(picture_of(3, "train", 128))

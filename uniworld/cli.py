@@ -172,6 +172,10 @@ def convert(
         str | None,
         typer.Option(metavar="DIR|HUB-ID", help="SigLIP2 whose width the connector takes; default: so400m's."),
     ] = None,
+    connectors: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Folder of exported connectors to take; default: fresh ones."),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the connectors' first weights.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder where it exists.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show the seconds it took.")] = False,
@@ -184,7 +188,8 @@ def convert(
     from uniworld import cli_draw
 
     report = ReportOptions(verbose=verbose, quiet=quiet)
-    cli_draw.convert(qwen, flux, output, siglip=siglip, seed=seed, overwrite=overwrite, report=report)
+    taken = {"siglip": siglip, "connectors": connectors}
+    cli_draw.convert(qwen, flux, output, **taken, seed=seed, overwrite=overwrite, report=report)
 
 
 for command in cli_training.COMMANDS:

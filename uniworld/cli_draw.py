@@ -289,14 +289,23 @@ def free_name(stem: str) -> Path:
 
 
 def convert(
-    qwen: str, flux: str, output: Path, *, siglip: str | None, seed: int, overwrite: bool, report: ReportOptions
+    qwen: str,
+    flux: str,
+    output: Path,
+    *,
+    siglip: str | None,
+    connectors: Path | None,
+    seed: int,
+    overwrite: bool,
+    report: ReportOptions,
 ) -> None:
     """Make a starting checkpoint and print its folder."""
     from uniworld.checkpoint.convert import convert as convert_checkpoint
 
     silence_libraries()
     start = time.perf_counter()
-    convert_checkpoint(qwen, flux, output, siglip=siglip, seed=seed, overwrite=overwrite, progress=not report.quiet)
+    taken = {"siglip": siglip, "connectors": connectors}
+    convert_checkpoint(qwen, flux, output, **taken, seed=seed, overwrite=overwrite, progress=not report.quiet)
     if report.verbose:
         print_timings(stderr_console(report), {"convert": time.perf_counter() - start})
     print(output, flush=True)

@@ -3,7 +3,10 @@
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from uniworld.checkpoint.names import TOWER_PREFIX
 
 EXPORTS = ("denoise_projector", "siglip_projector")
 
@@ -24,6 +27,42 @@ def read_connector(path: Path, part: str) -> dict[str, Tensor]:
     return {key.rpartition(f"{part}.")[2]: value for key, value in weights.items()}
 
 
+def read_connectors(folder: Path) -> dict[str, Tensor]:
+    """The tensors of all exports that `folder` holds, under the keys of a whole checkpoint.
+
+    Raises:
+        FileNotFoundError: it holds none.
+        ValueError: as `read_connector`.
+    """
+    return {
+        f"{TOWER_PREFIX}{part}.{name}": tensor
+        for part in _found(folder)
+        for name, tensor in read_connector(folder / f"{part}.bin", part).items()
+    }
+
+
+def write_connector(folder: Path, part: str, tensors: dict[str, Tensor]) -> None:
+    """An export, as `.bin` and as `.safetensors`, under the keys of a whole checkpoint.
+
+    Args:
+        tensors: `0.weight, 0.bias, 2.weight, 2.bias`.
+    """
+    named = {f"{TOWER_PREFIX}{part}.{name}": tensor for name, tensor in tensors.items()}
+    torch.save(named, folder / f"{part}.bin")
+    path = folder / f"{part}.safetensors"
+    path.touch()
+    mode = path.stat().st_mode  # what the umask gives; safetensors makes its files private
+    save_file(named, path, metadata={"format": "pt"})
+    path.chmod(mode)
+
+
+def _found(folder: Path) -> list[str]:
+    found = [part for part in EXPORTS if (folder / f"{part}.bin").is_file()]
+    if not found:
+        raise FileNotFoundError(f"connectors={folder}: holds neither {' nor '.join(f'{p}.bin' for p in EXPORTS)}")
+    return found
+
+
 def override_connectors(connectors: dict[str, nn.Module], folder: Path, check_finite: bool = False) -> None:
     """Put the exports that `folder` holds in place of the connectors' weights.
 
@@ -31,10 +70,7 @@ def override_connectors(connectors: dict[str, nn.Module], folder: Path, check_fi
         FileNotFoundError: the folder holds none.
         ValueError: keys or shapes do not fit, or a tensor holds NaN or infinity with `check_finite`.
     """
-    found = [part for part in EXPORTS if (folder / f"{part}.bin").is_file()]
-    if not found:
-        raise FileNotFoundError(f"connectors={folder}: holds neither {' nor '.join(f'{p}.bin' for p in EXPORTS)}")
-    for part in found:
+    for part in _found(folder):
         path = folder / f"{part}.bin"
         weights, parameters = read_connector(path, part), dict(connectors[part].named_parameters())
         if set(weights) != set(parameters):

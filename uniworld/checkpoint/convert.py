@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from uniworld.checkpoint.build import ConnectorShape, build_univa, read_config, univa_plan
+from uniworld.checkpoint.connector_files import read_connectors
 from uniworld.checkpoint.locate import (
     FLUX_DENOISER_PATTERNS,
     MODEL_PATTERNS,
@@ -41,6 +42,7 @@ def convert(
     out: str | Path,
     *,
     siglip: str | Path | None = None,
+    connectors: str | Path | None = None,
     connector_hidden: int | None = None,
     seed: int = 0,
     max_shard_bytes: int = MAX_SHARD_BYTES,
@@ -56,6 +58,7 @@ def convert(
         flux: FLUX.1-dev folder or Hub id (its `transformer/`).
         out: the folder to make; it appears only when it is complete.
         siglip: SigLIP folder or Hub id, whose width the SigLIP connector takes; 1152 (so400m) without one.
+        connectors: folder with `denoise_projector.bin` or `siglip_projector.bin`, to take in place of fresh ones.
         connector_hidden: width inside the connectors; three times the DiT's text width (12288) by default.
         seed: of the connectors' initial weights.
         max_shard_bytes: size limit of the files written.
@@ -83,7 +86,11 @@ def convert(
                 writer.add(key, tensor)
                 advance(tensor.nbytes)
         dtype = TORCH_DTYPE[next(h.dtype for key, h in sources.items() if key.startswith(DENOISER_PREFIX))]
-        for key, tensor in fresh_connectors(shapes, seed):
+        given = {} if connectors is None else read_connectors(Path(connectors))
+        for key, fresh in fresh_connectors(shapes, seed):
+            tensor = given.get(key, fresh)
+            if tensor.shape != fresh.shape:
+                raise ValueError(f"connectors={connectors}: {key} is {list(tensor.shape)}, must be {list(fresh.shape)}")
             writer.add(key, tensor.to(dtype))
         writer.finish()
         copy_side_files(qwen_folder, temporary)

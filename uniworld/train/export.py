@@ -12,12 +12,11 @@ from itertools import filterfalse
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from uniworld.checkpoint import locate
-from uniworld.checkpoint.connector_files import EXPORTS, read_connector
+from uniworld.checkpoint.connector_files import EXPORTS, read_connector, write_connector
 from uniworld.checkpoint.load import TINY
 from uniworld.checkpoint.names import QUERIES, TOWER_PREFIX, authors_names
 from uniworld.checkpoint.progress import byte_progress
@@ -95,7 +94,9 @@ def export(
             if deltas:
                 save_file(diffusers_adapter(weights.shapes, weights), temporary / LORA_FILE)
         for part in connectors:
-            _write_connector(temporary, part, weights)
+            prefix = f"{part}."
+            names = [name for name in weights.shapes if name.startswith(prefix)]
+            write_connector(temporary, part, {name.removeprefix(prefix): weights[name] for name in names})
     parts = {} if connectors_only else _parts_elsewhere(config, Path(folder))
     return Exported(Path(folder), saved.step, tuple(weights.shapes), parts)
 
@@ -191,17 +192,6 @@ def _trained_config(config: dict[str, Any], references: str) -> dict[str, Any]:
     if references != REFERENCES[0]:
         own["references"] = references
     return {**config, "uniworld": own} if own else config
-
-
-def _write_connector(folder: Path, part: str, weights: TrainedWeights) -> None:
-    tensors = {f"{TOWER_PREFIX}{name}": weights[name] for name in weights.shapes if name.startswith(f"{part}.")}
-    path = folder / f"{part}.bin"
-    torch.save(tensors, path)
-    path = folder / f"{part}.safetensors"
-    path.touch()
-    mode = path.stat().st_mode  # what the umask gives; safetensors makes its files private
-    save_file(tensors, path, metadata={"format": "pt"})
-    path.chmod(mode)
 
 
 def _parts_elsewhere(config: TrainConfig, folder: Path) -> dict[str, str]:

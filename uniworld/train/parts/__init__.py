@@ -8,6 +8,7 @@ from uniworld.train.parts.config import PartConfig
 def make_part(config: PartConfig) -> Any:
     """The part that `config.part` names, with fresh weights; a `loop.Part`."""
     from uniworld.train.parts.base import TextToImage
+    from uniworld.train.parts.redux import PictureToImage
     from uniworld.train.parts.semantic_encoder import Contrastive
     from uniworld.train.parts.task_head import Routing
     from uniworld.train.parts.vae import Autoencoder
@@ -18,6 +19,7 @@ def make_part(config: PartConfig) -> Any:
         "vlm": VisionLanguage,
         "semantic_encoder": Contrastive,
         "base": TextToImage,
+        "redux": PictureToImage,
         "task_head": Routing,
     }
     return parts[config.part](config)

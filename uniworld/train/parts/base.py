@@ -190,11 +190,20 @@ class TextToImage:
 
     def _open_cache(self) -> LatentCache:
         """Of this autoencoder and these words: other ones have a cache of their own."""
-        marks = file_mark(self.vae_folder / f"{DIFFUSERS_STEM}.safetensors"), file_mark(self.words / IDS)
+        marks = (file_mark(path) for path in self._made_with)
         folder = Path(self.config.run_dir) / f"latents-{'-'.join(marks)}-{VERSION}"
+        return LatentCache(folder, self.config.num_items, self._shape, sum(self._numbers), self._make_items)
+
+    @property
+    def _made_with(self) -> tuple[Path, ...]:
+        """Files that the cache depends on."""
+        return self.vae_folder / f"{DIFFUSERS_STEM}.safetensors", self.words / IDS
+
+    @property
+    def _shape(self) -> tuple[int, ...]:
+        """Of an item's moments."""
         side = self.config.size_px // LATENT_SCALE
-        shape = (2, VAE["latent_channels"], side, side)
-        return LatentCache(folder, self.config.num_items, shape, sum(self._numbers), self._make_items)
+        return 2, VAE["latent_channels"], side, side
 
     @property
     def _lengths(self) -> tuple[int, int]:

@@ -12,7 +12,7 @@ from uniworld.config import CheckpointConfig, EMAConfig, OptimConfig, from_dict,
 class PartConfig:
     """A training run of one part, on one device."""
 
-    part: Literal["vae", "vlm", "semantic_encoder", "base", "task_head"]
+    part: Literal["vae", "vlm", "semantic_encoder", "base", "redux", "task_head"]
     """What is trained; each part stands in a module of its name beside this one."""
     run_dir: str
     """Checkpoints, metrics and the part's weights go here."""
@@ -33,7 +33,8 @@ class PartConfig:
     """Of the computation: bf16 throughout, with weights rounded for every step, or torch's autocast to bf16. What is
     optimized and averaged is fp32."""
     num_items: int = 100000
-    """Of part base: items that are trained on again and again, from latents that are kept in `run_dir` (19 KB each)."""
+    """Of parts base and redux: items that are trained on again and again, from latents that are kept in `run_dir`
+    (19 KB each, of redux 40)."""
     look_items: int = 0
     """Of part vlm: items from whose pictures the vision tower alone learns, before conversations are learned."""
     plain_items: int = 0

@@ -21,15 +21,15 @@ class LatentCache:
 
     Args:
         folder: of the cache; made where it is not there. It holds what `make` gave and knows nothing of how.
-        num: N. moments: shape (2, C, h, w) of an item, kept in fp16. num_numbers: T.
-        make: item numbers -> moments [B, 2, C, h, w] and numbers [B, T].
+        num: N. moments: shape of an item, such as (2, C, h, w), kept in fp16. num_numbers: T.
+        make: item numbers -> moments [B, ...] and numbers [B, T].
     """
 
     def __init__(
         self,
         folder: Path,
         num: int,
-        moments: tuple[int, int, int, int],
+        moments: tuple[int, ...],
         num_numbers: int,
         make: Callable[[Sequence[int]], Made],
     ):
@@ -40,7 +40,7 @@ class LatentCache:
         self.ready = _open(folder / READY, (num,), np.uint8)
 
     def __getitem__(self, numbers: Sequence[int]) -> Made:
-        """moments fp16 [B, 2, C, h, w] and numbers int16 [B, T]; what is not there is made first."""
+        """moments fp16 [B, ...] and numbers int16 [B, T]; what is not there is made first."""
         missing = [n for n in dict.fromkeys(numbers) if not self.ready[n]]
         if missing:
             self.moments[missing], self.numbers[missing] = self.make(missing)

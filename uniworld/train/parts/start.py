@@ -8,11 +8,13 @@ from uniworld.checkpoint.locate import read_json
 from uniworld.checkpoint.save import TASK_HEAD_FILE, atomic_folder, write_json
 from uniworld.train.parts.sizes import SIZE_PX
 
-PARTS = ("vlm", "base", "semantic_encoder", "task_head")
+PARTS = ("vlm", "redux", "semantic_encoder", "task_head")
 
 
 def write_start(parts: Path, out: Path) -> Path:
-    """A UniWorld checkpoint with fresh connectors, FLUX and SigLIP folders and task head in it; replaces `out`.
+    """A UniWorld checkpoint with FLUX and SigLIP folders and task head in it; replaces `out`.
+
+    The semantic encoder's connector is Redux's, the others are fresh.
 
     Args:
         parts: folder of the parts' runs, each with its weights in `PART/model`.
@@ -24,14 +26,14 @@ def write_start(parts: Path, out: Path) -> Path:
         if not folder.is_dir():
             raise FileNotFoundError(f"parts: {folder} is not there; train it first")
     with atomic_folder(out, overwrite=True) as temporary:
-        made = convert(vlm, flux, temporary / "converted", siglip=siglip)
+        made = convert(vlm, flux, temporary / "converted", siglip=siglip, connectors=flux)
         for path in made.iterdir():
             path.rename(temporary / path.name)
         made.rmdir()
         config = read_json(temporary / "config.json")
         own = {"anchor_px": SIZE_PX**2, "random_weights": False}
         write_json(temporary / "config.json", config | {"uniworld": own})
-        shutil.copytree(flux, temporary / "flux", ignore=shutil.ignore_patterns("transformer"))
+        shutil.copytree(flux, temporary / "flux", ignore=shutil.ignore_patterns("transformer", "*_projector.*"))
         shutil.copytree(siglip, temporary / "siglip")
         shutil.copyfile(head / TASK_HEAD_FILE, temporary / TASK_HEAD_FILE)
     return out
