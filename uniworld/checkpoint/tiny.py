@@ -41,8 +41,11 @@ def tiny_dir() -> Path:
     Raises:
         ValueError: the cache cannot be written to.
     """
-    if (PACKAGED / "config.json").is_file():
-        return PACKAGED
+    return PACKAGED if (PACKAGED / "config.json").is_file() else random_tiny_dir()
+
+
+def random_tiny_dir() -> Path:
+    """The folder of a `tiny` with random weights, made first where it is not there yet. Raises: as `tiny_dir`."""
     folder = cache_root() / f"tiny-random-v{RANDOM_VERSION}"
     if not (folder / "config.json").is_file():
         with atomic_folder(folder, keep_existing=True) as temporary:
