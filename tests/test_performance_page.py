@@ -1,5 +1,6 @@
 """The tables of docs/performance.md are those of the rows in bench/results."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -94,3 +95,19 @@ def test_throughput_is_of_cases_that_were_measured_in_batches(bench):
     ]
     text = tables.throughput_table(found)
     assert "| case | side | batch 1 | batch 4 |" in text and "| step, a | ours | 10 | 16 |" in text and "99" not in text
+
+
+def test_the_list_of_what_waits_names_every_section_and_every_gpu_test(bench):
+    """And nothing that is not there."""
+    _, tables = bench
+    listed = tables.PAGE.read_text(encoding="utf-8").partition("## What waits for a GPU")[2]
+    commands = "\n".join(re.findall(r"`([^`]+)`", listed))
+    sections = set(re.findall(r"^section (\w+)", (BENCH / "gpu.sh").read_text(encoding="utf-8"), re.MULTILINE))
+    named = {name for names in re.findall(r'SECTIONS="([^"]+)"', commands) for name in names.split()}
+    assert named <= sections
+    assert sections - named == {"gpu_tests", "tiny"}  # the former runs the files below, the latter measures nothing
+    tests = BENCH.parent / "tests"
+    mark = re.compile(r"^(@|pytestmark = )pytest\.mark\.gpu", re.MULTILINE)
+    marked = {path.name for path in tests.glob("test_*.py") if mark.search(path.read_text(encoding="utf-8"))}
+    files = set(re.findall(r"tests/(test_\w+\.py)", commands))
+    assert files == marked
