@@ -193,6 +193,12 @@ def test_missing_image_end_token_id_comes_from_the_tokenizer(folders, tmp_path):
 
 def test_t5_can_be_left_out_or_required(folders, tmp_path):
     assert not load_golden(folders, use_t5=False).text_encoders.has_t5
+    model = tmp_path / "model"
+    shutil.copytree(folders["model"], model)
+    config = json.loads((model / "config.json").read_text()) | {"uniworld": {"use_t5": False}}
+    (model / "config.json").write_text(json.dumps(config))
+    assert not load_golden({**folders, "model": model}).text_encoders.has_t5
+    assert load_golden({**folders, "model": model}, use_t5=True).text_encoders.has_t5
     flux = tmp_path / "flux"
     shutil.copytree(folders["flux"], flux, ignore=shutil.ignore_patterns("text_encoder_2", "tokenizer_2"))
     assert not load_golden({**folders, "flux": flux}).text_encoders.has_t5

@@ -577,16 +577,17 @@ def test_tiny_chats(run, monkeypatch, tmp_path):
 def test_convert_passes_its_options_on(run, monkeypatch):
     calls = []
 
-    def convert(qwen, flux, out, *, siglip, seed, overwrite, progress):
-        calls.append((qwen, flux, str(out), siglip, seed, overwrite, progress))
+    def convert(qwen, flux, out, *, siglip, connectors, seed, overwrite, progress):
+        calls.append((qwen, flux, str(out), siglip, connectors, seed, overwrite, progress))
 
     monkeypatch.setattr("uniworld.checkpoint.convert.convert", convert)
-    args = ("convert", "q", "f", "-o", "dir", "--siglip", "s", "--seed", 4, "--overwrite", "--quiet")
+    taken = ("--siglip", "s", "--connectors", "c")
+    args = ("convert", "q", "f", "-o", "dir", *taken, "--seed", 4, "--overwrite", "--quiet")
     assert run(*args) == (0, "dir\n", "")
-    assert calls == [("q", "f", "dir", "s", 4, True, False)]
+    assert calls == [("q", "f", "dir", "s", Path("c"), 4, True, False)]
     code, out, err = run("convert", "q", "f", "-o", "dir", "-v")
     assert (code, out) == (0, "dir\n")
-    assert "convert" in err and calls[1:] == [("q", "f", "dir", None, 0, False, True)]
+    assert "convert" in err and calls[1:] == [("q", "f", "dir", None, None, 0, False, True)]
 
 
 def test_env_as_json(run):

@@ -17,7 +17,7 @@ from uniworld.models.prompts import PERCEPTION_PROMPTS
 
 @pytest.fixture(scope="module")
 def engine():
-    return Engine.from_pretrained("tiny", progress=False)
+    return Engine.from_pretrained("tiny", progress=False, use_t5=True)
 
 
 def picture(color: str = "red", size: tuple[int, int] = (90, 60)) -> Image.Image:

@@ -51,7 +51,7 @@ def data(tmp_path_factory):
 @pytest.fixture(scope="module")
 def parts():
     names = {"fp32": "float32", "bf16": "bfloat16"}
-    return {dtype: load_uniworld(dtype=name, progress=False) for dtype, name in names.items()}
+    return {dtype: load_uniworld(dtype=name, progress=False, use_t5=True) for dtype, name in names.items()}
 
 
 @pytest.fixture(scope="module")

@@ -581,15 +581,18 @@ def test_a_decoder_alone_leaves_the_latents_as_they_are(parts, tmp_path):
 
 
 def test_the_task_head_learns_on_the_states_that_the_engine_routes_by(words, parts, tmp_path):
-    part = make_part(part_config("task_head", tmp_path, words, parts))
+    part = make_part(part_config("task_head", tmp_path, words, parts, "num_items=20"))
     batch = part.make(range(16))
+    with mock.patch.object(task_head, "make_item", side_effect=AssertionError("made again")):
+        assert all(torch.equal(tensor, batch[name]) for name, tensor in part.make(range(20, 36)).items())
     assert batch["labels"].tolist() == [0, 1] * 8
     logged = [more["right"] for _, more in overfit(part, batch, num_steps=60, lr=3e-3)]
     assert np.mean(logged[-5:]) > 0.95, logged[::10]
     part.export(tmp_path / "model")
     head = TaskHead.from_file(tmp_path / "model" / "task_head_final.pt").float()
-    part.module.eval()
-    drawn = head.draw_probability(part._states(batch)) >= 0.5
+    states, labels = part._encode(range(16), "train")
+    assert torch.equal(labels, batch["labels"]) and torch.allclose(states, batch["states"], atol=0.02)
+    drawn = head.draw_probability(states) >= 0.5
     assert drawn.tolist() == [bool(label) for label in batch["labels"]]
 
 

@@ -128,7 +128,8 @@ def load_uniworld(
             CPU. The VAE takes it on a GPU and fp32 on a CPU.
         progress: draw a progress bar on stderr.
         check_finite: refuse NaN and infinities, naming the tensor.
-        use_t5: None loads T5 where the FLUX folder holds it, True requires it, False leaves it out (9.5 GB).
+        use_t5: None loads T5 where the FLUX folder holds it, unless the model's config.json has `uniworld.use_t5` false;
+            True requires it, False leaves it out (9.5 GB).
         connectors: folder with `denoise_projector.bin` or `siglip_projector.bin` of a training stage, whose weights
             replace the checkpoint's.
         in_host: parts, as `UniWorld` names them, whose weights are left in host memory for who moves them himself; or
@@ -191,6 +192,8 @@ def model_folder(model: str | Path) -> Path:
 
 def _find(model: str | Path, flux: str | Path | None, siglip: str | Path | None, use_t5: bool | None) -> Folders:
     folder = model_folder(model)
+    if use_t5 is None:  # what a model of ours says of its own training
+        use_t5 = read_config(folder).get("uniworld", {}).get("use_t5")
     patterns = locate.FLUX_PATTERNS + (() if use_t5 is False else locate.FLUX_T5_PATTERNS)
     flux_folder = locate.resolve_part("flux", flux, folder, patterns, FLUX_EXAMPLE)
     siglip_folder = locate.resolve_part("siglip", siglip, folder, locate.SIGLIP_PATTERNS, SIGLIP_EXAMPLE)

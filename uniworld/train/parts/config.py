@@ -33,8 +33,8 @@ class PartConfig:
     """Of the computation: bf16 throughout, with weights rounded for every step, or torch's autocast to bf16. What is
     optimized and averaged is fp32."""
     num_items: int = 100000
-    """Of parts base and redux: items that are trained on again and again, from latents that are kept in `run_dir`
-    (19 KB each, of redux 40)."""
+    """Of parts base, redux and task_head: items that are trained on again and again, from what frozen parts make of
+    them, which is kept in `run_dir` (19 KB an item, of redux 40, of the task head 0.4)."""
     look_items: int = 0
     """Of part vlm: items from whose pictures the vision tower alone learns, before conversations are learned."""
     plain_items: int = 0

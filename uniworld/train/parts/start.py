@@ -31,7 +31,7 @@ def write_start(parts: Path, out: Path) -> Path:
             path.rename(temporary / path.name)
         made.rmdir()
         config = read_json(temporary / "config.json")
-        own = {"anchor_px": SIZE_PX**2, "random_weights": False}
+        own = {"anchor_px": SIZE_PX**2, "random_weights": False, "use_t5": False}  # as its stages learn
         write_json(temporary / "config.json", config | {"uniworld": own})
         shutil.copytree(flux, temporary / "flux", ignore=shutil.ignore_patterns("transformer", "*_projector.*"))
         shutil.copytree(siglip, temporary / "siglip")

@@ -2,13 +2,11 @@
 
 Source: UniWorld-V1, section on the unified architecture. The VLM is trained before, and frozen.
 
-Letters: B conversations.
+Letters: B conversations, D width of the VLM.
 """
 
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,16 +21,18 @@ from uniworld.checkpoint.save import TASK_HEAD_FILE
 from uniworld.checkpoint.tiny import STORED_DTYPE
 from uniworld.checkpoint.tiny_configs import TASK_HEAD_HIDDEN
 from uniworld.checkpoint.weights import Plan, fill, module_targets, read_headers
+from uniworld.data.scenes.make import VERSION
 from uniworld.data.scenes.tasks import Item, make_item
 from uniworld.engine.request import Turn
-from uniworld.models.prompts import PromptProcessor, VLMInputs, chat_text, instruction
+from uniworld.models.prompts import PromptProcessor, chat_text, instruction
 from uniworld.models.task_head import DRAW_CLASS, TaskHead
 from uniworld.models.tokenizers import load_tokenizer
 from uniworld.models.vision_processor import VisionProcessor
 from uniworld.models.vlm import VisionLanguageModel
 from uniworld.train.parts.config import PartConfig
+from uniworld.train.parts.latents import LatentCache, file_mark
 from uniworld.train.parts.sizes import HIDDEN, PREPROCESSOR
-from uniworld.train.parts.words import open_tokenizers
+from uniworld.train.parts.words import IDS, open_tokenizers
 
 # Every other conversation talks; the rest draw.
 TASKS = ("understanding", "edit", "understanding", "t2i", "understanding", "perceive", "understanding", "compose")
@@ -43,23 +43,28 @@ SCORED_AT_ONCE = 32
 class Routing:
     """The part `task_head`."""
 
-    not_for_making = ("module", "vlm")
+    not_for_making = ("module",)  # the VLM is, and stays on the CPU
 
     def __init__(self, config: PartConfig):
         torch.manual_seed(config.seed)
         self.config = config
-        tokenizer = load_tokenizer(open_tokenizers(config.words), "Qwen2Tokenizer")
-        self.processor = PromptProcessor(tokenizer, VisionProcessor(PREPROCESSOR))
-        self.vlm = load_vlm(Path(config.parts) / "vlm" / "model")
+        words = open_tokenizers(config.words)
+        self.processor = PromptProcessor(load_tokenizer(words, "Qwen2Tokenizer"), VisionProcessor(PREPROCESSOR))
+        self.vlm_folder = Path(config.parts) / "vlm" / "model"
+        self.vlm = load_vlm(self.vlm_folder)
         self.module: nn.Module = TaskHead(HIDDEN, TASK_HEAD_HIDDEN)
+        self._cache: LatentCache | None = None
 
-    def make(self, seeds: range) -> dict[str, Any]:
-        """The fields of VLMInputs, and labels [B] int64: 1 where a picture is asked for."""
-        return self._batch(seeds, "train")
+    def make(self, seeds: range) -> dict[str, Tensor]:
+        """states [B, D], and labels [B] int64: 1 where a picture is asked for."""
+        if self._cache is None:  # in the process that makes batches: open files do not travel
+            self._cache = self._open_cache()
+        states, labels = self._cache[[seed % self.config.num_items for seed in seeds]]
+        return {"states": torch.from_numpy(states).float(), "labels": torch.from_numpy(labels)[:, 0].long()}
 
-    def loss(self, batch: dict[str, Any], generator: torch.Generator) -> tuple[Tensor, dict[str, float | Tensor]]:
+    def loss(self, batch: dict[str, Tensor], generator: torch.Generator) -> tuple[Tensor, dict[str, float | Tensor]]:
         labels = batch["labels"].to(self._device)
-        logits = self.module(self._states(batch)).float()
+        logits = self.module(batch["states"].to(self._device, self.module[0].weight.dtype)).float()
         return F.cross_entropy(logits, labels), {"right": (logits.argmax(-1) == labels).float().mean()}
 
     @torch.no_grad()
@@ -67,9 +72,9 @@ class Routing:
         """Share of held-out conversations that are routed rightly."""
         right = []
         for start in range(0, self.config.num_checked, SCORED_AT_ONCE):
-            batch = self._batch(range(start, start + SCORED_AT_ONCE), "held-out")
-            drawn = self.module.draw_probability(self._states(batch)).cpu() >= 0.5
-            right.append((drawn.long() * DRAW_CLASS == batch["labels"]).float().mean())
+            states, labels = self._encode(range(start, start + SCORED_AT_ONCE), "held-out")
+            drawn = self.module.draw_probability(states.to(self._device)).cpu() >= 0.5
+            right.append((drawn.long() * DRAW_CLASS == labels).float().mean())
         return {"accuracy": float(torch.stack(right).mean())}
 
     @torch.no_grad()
@@ -83,21 +88,25 @@ class Routing:
     def _device(self) -> torch.device:
         return self.module[0].weight.device
 
-    def _batch(self, seeds: range, split: str) -> dict[str, Any]:
-        items = [make_item(TASKS[s % len(TASKS)], s, split, size_px=self.config.size_px) for s in seeds]
-        asked = [asked_at(item, turn=s % num_questions(item)) for s, item in zip(seeds, items)]
-        prompts, pictures = zip(*asked)
-        inputs = self.processor.encode(prompts, pictures)
-        labels = torch.tensor([0 if item.task == CHAT else DRAW_CLASS for item in items])
-        return {f.name: getattr(inputs, f.name) for f in fields(inputs)} | {"labels": labels}
+    def _open_cache(self) -> LatentCache:
+        """Of this VLM: another one has a cache of its own. The frozen VLM reads a conversation once."""
+        marks = (file_mark(path) for path in (*weight_files(self.vlm_folder), Path(self.config.words) / IDS))
+        folder = Path(self.config.run_dir) / f"states-{'-'.join(marks)}-{VERSION}"
+        return LatentCache(folder, self.config.num_items, (HIDDEN,), 1, self._make_items)
+
+    def _make_items(self, seeds: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        states, labels = self._encode(seeds, "train")
+        return states.half().numpy(), labels[:, None].short().numpy()
 
     @torch.no_grad()
-    def _states(self, batch: dict[str, Any]) -> Tensor:
-        """[B, D]: what the VLM makes of each conversation's last "assistant"."""
-        self.vlm.to(self._device)
-        inputs = VLMInputs(**{name: value for name, value in batch.items() if name != "labels"})
+    def _encode(self, seeds: Sequence[int], split: str) -> tuple[Tensor, Tensor]:
+        """What the VLM makes of each conversation's last "assistant" [B, D], and the labels [B]."""
+        items = [make_item(TASKS[s % len(TASKS)], s, split, size_px=self.config.size_px) for s in seeds]
+        asked = [asked_at(item, turn=s % num_questions(item)) for s, item in zip(seeds, items)]
+        inputs = self.processor.encode(*zip(*asked))
         states = self.vlm.encode(inputs).hidden_states
-        return states[torch.arange(len(states)), list(inputs.assistant_positions)]
+        labels = torch.tensor([0 if item.task == CHAT else DRAW_CLASS for item in items])
+        return states[torch.arange(len(states)), list(inputs.assistant_positions)], labels
 
 
 def num_questions(item: Item) -> int:
