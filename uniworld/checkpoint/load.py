@@ -128,8 +128,8 @@ def load_uniworld(
             CPU. The VAE takes it on a GPU and fp32 on a CPU.
         progress: draw a progress bar on stderr.
         check_finite: refuse NaN and infinities, naming the tensor.
-        use_t5: None loads T5 where the FLUX folder holds it, unless the model's config.json has `uniworld.use_t5` false;
-            True requires it, False leaves it out (9.5 GB).
+        use_t5: None loads T5 where the FLUX folder holds it, unless `uniworld.use_t5` in the model's config.json is
+            false; True requires it, False leaves it out (9.5 GB).
         connectors: folder with `denoise_projector.bin` or `siglip_projector.bin` of a training stage, whose weights
             replace the checkpoint's.
         in_host: parts, as `UniWorld` names them, whose weights are left in host memory for who moves them himself; or
