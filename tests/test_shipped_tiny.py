@@ -1,0 +1,69 @@
+"""The trained `tiny` in the package: small, the default, and as its README says."""
+
+import json
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from uniworld.checkpoint import tiny
+from uniworld.data.scenes.render import render
+from uniworld.engine import Engine
+
+ROOT = Path(__file__).resolve().parent.parent
+SIZE_PX = 128
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return Engine.from_pretrained("tiny", device="cpu", progress=False)
+
+
+def levels(image: Image.Image) -> np.ndarray:
+    return np.asarray(image.convert("RGB").resize((SIZE_PX, SIZE_PX), Image.Resampling.BOX)).astype(float)
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    return float(10 * np.log10(255**2 / np.square(a - b).mean()))
+
+
+def test_it_is_the_default_small_and_complete():
+    assert tiny.tiny_dir() == tiny.PACKAGED
+    files = [path for path in tiny.PACKAGED.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 30_000_000
+    assert max(path.stat().st_size for path in files) <= 16 * 2**20
+    own = json.loads((tiny.PACKAGED / "config.json").read_text())["uniworld"]
+    assert own["random_weights"] is False and own["anchor_px"] == SIZE_PX**2
+    assert (tiny.PACKAGED / "README.md").is_file()
+
+
+def test_the_first_line_of_the_readme_moves_the_scene_to_a_desert(engine, monkeypatch):
+    """What is drawn is much more like the scene drawn in a desert than like the scene that was given."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    import draw
+
+    wanted = levels(Image.fromarray(render(replace(draw.SCENES["beach"], background="desert"), 256).image))
+    given = Image.open(ROOT / "examples" / "beach.png")
+    drawn = levels(engine.edit(given, "put it in a desert", seed=1).images[0])
+    assert psnr(drawn, wanted) > 21 and psnr(drawn, levels(given)) < 18.5
+
+
+def test_a_photograph_is_not_of_its_world_and_a_scene_is(engine):
+    with pytest.warns(UserWarning, match="knows only its own world"):
+        engine.edit(Image.open(ROOT / "examples" / "cat.jpg"), "make it snow", num_inference_steps=1, seed=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        engine.edit(Image.open(ROOT / "examples" / "beach.png"), "make it snow", num_inference_steps=1, seed=0)
+
+
+def test_it_tells_backgrounds_apart(engine):
+    for name, word in (("beach", "beach"), ("snow", "snow"), ("desert", "desert")):
+        content = [
+            {"type": "image", "image": Image.open(ROOT / "examples" / f"{name}.png")},
+            {"type": "text", "text": "what is the background?"},
+        ]
+        reply = engine.chat([{"role": "user", "content": content}], mode="text", max_new_tokens=16)
+        assert word in reply.text.lower(), (name, reply.text)
