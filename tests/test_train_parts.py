@@ -547,10 +547,12 @@ def test_redux_learns_to_draw_what_it_is_shown(words, parts, tmp_path):
     assert shown < swapped
 
 
-def test_a_part_says_which_other_it_needs(words, tmp_path):
+def test_a_part_says_which_other_it_needs(words, parts, tmp_path):
     for name, wanted in (("base", "vae/model: holds no image autoencoder"), ("task_head", "vlm/model is not there")):
         with pytest.raises(FileNotFoundError, match=f"{wanted}; train"):
             make_part(part_config(name, tmp_path, words, tmp_path))
+    with pytest.raises(FileNotFoundError, match=r"base/model is not there; train it first .configs/tiny/base.yaml"):
+        make_part(part_config("redux", tmp_path, words, parts))
 
 
 def test_the_autoencoder_may_start_from_exported_weights(parts, tmp_path):

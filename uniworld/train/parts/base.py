@@ -221,10 +221,12 @@ class TextToImage:
         """Of a picture."""
         return POINTS_PER_SIDE * self.config.size_px // TOKEN_PX
 
-    @torch.no_grad()
     def _make_items(self, seeds: Sequence[int], split: str = "train") -> tuple[np.ndarray, np.ndarray]:
+        return self._encode([make_item(TASKS[s % len(TASKS)], s, split, size_px=self.config.size_px) for s in seeds])
+
+    @torch.no_grad()
+    def _encode(self, items: Sequence[Item]) -> tuple[np.ndarray, np.ndarray]:
         """Moments of the scaled latents [B, 2, C, h, w], and `_numbers` in a row, as the cache holds them."""
-        items = [make_item(TASKS[s % len(TASKS)], s, split, size_px=self.config.size_px) for s in seeds]
         said = [what_is_said(item) for item in items]
         levels = torch.from_numpy(np.stack([item.pictures[-1] for item in items]))
         mean, std = self.vae.encode_moments(as_pixels(levels))

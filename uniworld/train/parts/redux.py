@@ -5,8 +5,7 @@ of a batch is drawn from the semantic states of the very picture that is wanted,
 out where a patch stands, which it is not told, within some hundred steps. Stage 2 from a fresh connector does not: its
 loss has not moved after 460. The rest is drawn from words, lest they be forgotten.
 
-Letters: B pictures, T tokens of a picture's semantic states, D their width, C latent channels, h, w latent height and
-width.
+Letters: B pictures, T tokens of a picture's semantic states, D their width.
 """
 
 import math
@@ -25,12 +24,12 @@ from uniworld.checkpoint.locate import weight_files
 from uniworld.checkpoint.names import diffusers_names
 from uniworld.checkpoint.weights import Plan, fill, module_targets, read_headers
 from uniworld.config import FlowConfig
-from uniworld.data.scenes.tasks import make_item
+from uniworld.data.scenes.tasks import Item
 from uniworld.models.connectors import Connector
 from uniworld.models.siglip import SemanticEncoder
 from uniworld.models.text_encoders import token_ids
 from uniworld.train.noise import draw_sigma
-from uniworld.train.parts.base import NO_POOLED_RATE, POINTS_PER_SIDE, TASKS, THING_WEIGHT, TextToImage
+from uniworld.train.parts.base import NO_POOLED_RATE, POINTS_PER_SIDE, THING_WEIGHT, TextToImage
 from uniworld.train.parts.config import PartConfig
 from uniworld.train.parts.dense import NOTHING
 from uniworld.train.parts.sizes import HIDDEN, SIGLIP, SIGLIP_PREPROCESSOR
@@ -59,21 +58,18 @@ class PictureToImage(TextToImage):
 
     def __init__(self, config: PartConfig):
         super().__init__(config)
-        self.base, siglip = (Path(config.parts) / name / "model" for name in ("base", "semantic_encoder"))
-        for name, folder in (("base", self.base), ("semantic_encoder", siglip)):
-            if not folder.is_dir():
-                raise FileNotFoundError(f"parts: {folder} is not there; train it first (configs/tiny/{name}.yaml)")
+        base, self.siglip_folder = (_trained(config, name) for name in ("base", "semantic_encoder"))
         model = self.module
-        _fill_denoiser(self.base / "transformer", model.denoiser)
-        _fill_encoder(self.base / "text_encoder", model.clip)
-        _fill_encoder(self.base / "text_encoder_2", model.t5)
+        _fill_denoiser(base / "transformer", model.denoiser)
+        _fill_encoder(base / "text_encoder", model.clip)
+        _fill_encoder(base / "text_encoder_2", model.t5)
         self.module = ReduxModel(model.denoiser, model.t5, model.clip)
-        self.encoder = SemanticEncoder.from_config(read_config(siglip), SIGLIP_PREPROCESSOR)
-        _fill_encoder(siglip, self.encoder.model)
-        self._siglip = siglip
+        self.encoder = SemanticEncoder.from_config(read_config(self.siglip_folder), SIGLIP_PREPROCESSOR)
+        _fill_encoder(self.siglip_folder, self.encoder.model)
 
     def loss(self, batch: dict[str, Tensor], generator: torch.Generator) -> tuple[Tensor, dict[str, float | Tensor]]:
-        latents, ones = self._latents(batch, generator), torch.ones(len(batch["mean"]), device=self._device)
+        latents = self._latents(batch, generator)
+        ones = torch.ones(len(latents), device=self._device)
         num_words = len(latents) // WORDS_SHARE
         sigma = draw_sigma(FLOW, len(latents), NUM_TOKENS, generator).to(self._device)
         noise = torch.randn(latents.shape, generator=generator).to(self._device)
@@ -120,7 +116,7 @@ class PictureToImage(TextToImage):
 
     @property
     def _made_with(self) -> tuple[Path, ...]:
-        return *super()._made_with, self._siglip / "model.safetensors"
+        return *super()._made_with, self.siglip_folder / "model.safetensors"
 
     @property
     def _shape(self) -> tuple[int, ...]:
@@ -128,11 +124,9 @@ class PictureToImage(TextToImage):
         return (math.prod(super()._shape) + NUM_TOKENS * SIGLIP["hidden_size"],)
 
     @torch.no_grad()
-    def _make_items(self, seeds: Sequence[int], split: str = "train") -> tuple[np.ndarray, np.ndarray]:
-        moments, numbers = super()._make_items(seeds, split)
-        size = self.config.size_px
-        pictures = [make_item(TASKS[s % len(TASKS)], s, split, size_px=size).pictures[-1] for s in seeds]
-        states = self.encoder(self.encoder.preprocess([Image.fromarray(picture) for picture in pictures]))
+    def _encode(self, items: Sequence[Item]) -> tuple[np.ndarray, np.ndarray]:
+        moments, numbers = super()._encode(items)
+        states = self.encoder(self.encoder.preprocess([Image.fromarray(item.pictures[-1]) for item in items]))
         rows = moments.reshape(len(moments), -1), states.half().flatten(1).numpy()
         return np.concatenate(rows, axis=1), numbers
 
@@ -150,6 +144,14 @@ class PictureToImage(TextToImage):
         ids = token_ids(self.clip_tokenizer, [""], self._lengths[1]).to(self._device)
         pooled = self.module.clip(ids).pooler_output
         return connector(states.flatten(0, 1)).unflatten(0, (B, -1)), pooled.expand(B, -1)
+
+
+def _trained(config: PartConfig, name: str) -> Path:
+    """The weights of another part. Raises: FileNotFoundError where it is not trained yet."""
+    folder = Path(config.parts) / name / "model"
+    if not folder.is_dir():
+        raise FileNotFoundError(f"parts: {folder} is not there; train it first (configs/tiny/{name}.yaml)")
+    return folder
 
 
 def _fill_encoder(folder: Path, module: nn.Module) -> None:
