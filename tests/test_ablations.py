@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from uniworld import cli
-from uniworld.checkpoint.tiny import tiny_dir
+from uniworld.checkpoint.tiny import random_tiny_dir
 from uniworld.data.scenes import make
 from uniworld.data.scenes.tasks import make_item
 from uniworld.eval import scenes_regions
@@ -174,11 +174,12 @@ SMALL += ("--steps", "2", "--num", "1", "--draw-steps", "1", "--columns", "edit 
 def test_one_from_end_to_end(ablate, tmp_path):
     """Two runs, two exports, two scores; the same command again has nothing to do."""
     pytest.importorskip("deepspeed")
-    folder = tmp_path / "out"
-    code, out, err = ablate("ema", *SMALL, "-o", folder)
+    folder, start = tmp_path / "out", random_tiny_dir()
+    command = ("ema", *SMALL, "--start", start, "-o", folder)
+    code, out, err = ablate(*command)
     assert code == 0, err
     assert "averaged weights" in out and "last weights" in out
-    assert "the weights of tiny are random" in err
+    assert f"the weights of {start} are random" in err
     result = json.loads((folder / "ema.json").read_text())
     assert result["command"].startswith("uniworld ablate ema data.batch_size=2") and result["random_start"]
     assert (result["steps"], result["batch_size"], result["num"]) == (2, 2, 1)
@@ -188,7 +189,7 @@ def test_one_from_end_to_end(ablate, tmp_path):
         assert variant["figures"]["edit"] in (0.0, 1.0) and variant["figures"]["t2i"] is None
         assert sum(region["num"] for region in variant["regions"]) == 1
 
-    models = (tiny_dir(), folder / "models" / "stage2", folder / "models" / "stage2-raw")
+    models = (start, folder / "models" / "stage2", folder / "models" / "stage2-raw")
     base, averaged, last = (load_file(model / "model.safetensors") for model in models)
     connector = "denoise_tower.denoise_projector.0.weight"
     assert not torch.equal(base[connector], averaged[connector])  # from stage 1: its averaged weights
@@ -202,10 +203,10 @@ def test_one_from_end_to_end(ablate, tmp_path):
         return {path: path.stat().st_mtime_ns for path in files}
 
     kept = written()
-    assert ablate("ema", *SMALL, "-o", folder)[0] == 0
+    assert ablate(*command)[0] == 0
     assert written() == kept
     assert json.loads((folder / "ema.json").read_text())["variants"] == result["variants"]
-    code, _, err = ablate("ema", *SMALL, "-o", folder, "--seed", "1")
+    code, _, err = ablate(*command, "--seed", "1")
     assert code == 2 and "holds runs of seed=0, not 1; take another" in err
 
 
