@@ -146,7 +146,9 @@ def test_tied_weights_move_as_one():
 
 def test_an_edit_brings_one_part_after_the_other(monkeypatch):
     """No two of them are on the device: each bring takes the one before away."""
-    engine = Engine.from_pretrained(str(random_tiny_dir()), device="cpu", progress=False, offload="parts")
+    engine = Engine.from_pretrained(
+        str(random_tiny_dir()), dtype="float32", device="cpu", progress=False, offload="parts"
+    )
     brought, bring = [], engine._parts.bring
     monkeypatch.setattr(engine._parts, "bring", lambda group: (brought.append(group), bring(group)))
     engine.edit(CAT, "make it snow", **FAST)

@@ -229,7 +229,7 @@ def test_two_processes_equal_one(tmp_path):
             expected = model.denoise(*prepared(model, name))
         bound = 1e-5 if name != "bf16" else 0.02 * float(expected.abs().max())
         assert (found[name] - expected).abs().max() <= bound, name
-    engine = Engine.from_pretrained(str(random_tiny_dir()), device="cpu", progress=False)
+    engine = Engine.from_pretrained(str(random_tiny_dir()), dtype="float32", device="cpu", progress=False)
     for index, result in enumerate(engine.run(REQUESTS)):
         torch.testing.assert_close(found[f"picture{index}"], result.latents, rtol=1e-5, atol=1e-5)
     for index, result in enumerate(engine.run(CACHED)):
@@ -248,14 +248,14 @@ def test_command_line_on_two_processes(tmp_path):
     linear = "transformer.transformer_blocks.0.attn.to_out.0"
     save_file({f"{linear}.lora_A.weight": a, f"{linear}.lora_B.weight": b}, lora)
     command = ["generate", "a cat", "--steps", 2, "--size", "64x48", "--seed", 3, "--device", "cpu"]
-    command += ["--model", random_tiny_dir()]
+    command += ["--model", random_tiny_dir(), "--dtype", "float32"]
     command += ["--sequence-parallel", "--lora", f"{lora}:2", "-o", tmp_path / "two.png"]
     done = torchrun("-m", "uniworld.cli", *command)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout == f"{tmp_path / 'two.png'}\n"
     assert done.stderr.count("2 steps, seed 3") == 1 and done.stderr.count("are random") == 1
 
-    engine = Engine.from_pretrained(str(random_tiny_dir()), device="cpu", progress=False)
+    engine = Engine.from_pretrained(str(random_tiny_dir()), dtype="float32", device="cpu", progress=False)
 
     def most_different():
         one = engine.generate("a cat", num_inference_steps=2, height=48, width=64, seed=3).images[0]

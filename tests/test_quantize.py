@@ -7,6 +7,7 @@ import torch
 from test_flux import make_inputs, make_pair, run_theirs
 from torch import nn
 
+from uniworld.checkpoint.tiny import random_tiny_dir
 from uniworld.engine import Engine
 from uniworld.engine import quantize as quantize_module
 from uniworld.engine.quantize import check_quantize, fits, quantizable, quantized_copy
@@ -171,12 +172,12 @@ def test_the_engine_reports_the_error_of_a_step_cache_without_quantization():
 def test_fp8_batches_equal_single_requests():
     from uniworld.engine import Request
 
-    engine = Engine.from_pretrained("tiny", progress=False, quantize="fp8")
+    engine = Engine.from_pretrained(str(random_tiny_dir()), progress=False, dtype="float32", quantize="fp8")
     settings = {"num_inference_steps": 1, "height": 64, "width": 64}
     requests = [Request(prompt=word, seed=i, **settings) for i, word in enumerate(("a", "a much longer prompt"))]
     for request, together in zip(requests, engine.run(requests)):
         alone = engine.run([request])[0]
-        assert relative_error(together.latents, alone.latents) < 0.02  # a last bit elsewhere rounds to another FP8
+        assert relative_error(together.latents, alone.latents) < 5e-3
 
 
 @pytest.mark.parametrize(

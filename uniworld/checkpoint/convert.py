@@ -71,6 +71,7 @@ def convert(
     """
     qwen_folder = resolve_folder("qwen", qwen, MODEL_PATTERNS)
     flux_folder = resolve_folder("flux", flux, FLUX_DENOISER_PATTERNS)
+    given = {} if connectors is None else read_connectors(Path(connectors))
     with atomic_folder(Path(out), overwrite=overwrite) as temporary:
         ids = special_token_ids(qwen_folder)
         denoiser_config = read_config(flux_folder / "transformer")
@@ -86,7 +87,6 @@ def convert(
                 writer.add(key, tensor)
                 advance(tensor.nbytes)
         dtype = TORCH_DTYPE[next(h.dtype for key, h in sources.items() if key.startswith(DENOISER_PREFIX))]
-        given = {} if connectors is None else read_connectors(Path(connectors))
         for key, fresh in fresh_connectors(shapes, seed):
             tensor = given.get(key, fresh)
             if tensor.shape != fresh.shape:

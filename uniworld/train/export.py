@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from uniworld.checkpoint import locate
-from uniworld.checkpoint.connector_files import EXPORTS, read_connector, write_connector
+from uniworld.checkpoint.connector_files import EXPORTS, read_connectors, write_connector
 from uniworld.checkpoint.load import TINY
 from uniworld.checkpoint.names import QUERIES, TOWER_PREFIX, authors_names
 from uniworld.checkpoint.progress import byte_progress
@@ -175,13 +175,8 @@ def _start_connectors(config: TrainConfig) -> dict[str, Callable[[], Tensor]]:
     """Connectors of an earlier stage that the run started from, which stand in place of the base's."""
     if config.model.connectors is None:
         return {}
-    readers: dict[str, Callable[[], Tensor]] = {}
-    for part in EXPORTS:
-        path = Path(config.model.connectors) / f"{part}.bin"
-        if path.is_file():
-            for name, tensor in read_connector(path, part).items():
-                readers[f"{TOWER_PREFIX}{part}.{name}"] = lambda tensor=tensor: tensor
-    return readers
+    given = read_connectors(Path(config.model.connectors))
+    return {key: lambda tensor=tensor: tensor for key, tensor in given.items()}
 
 
 def _trained_config(config: dict[str, Any], references: str) -> dict[str, Any]:

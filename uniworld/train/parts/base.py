@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from uniworld.checkpoint.names import diffusers_names
 from uniworld.checkpoint.save import save_module, with_prefix, write_json
@@ -39,7 +40,7 @@ from uniworld.models.tokenizers import load_tokenizer
 from uniworld.models.vae import to_pil
 from uniworld.train.noise import draw_sigma
 from uniworld.train.parts.config import PartConfig
-from uniworld.train.parts.dense import OF_A_SCENE, OF_A_THING, DenseHead, SaidHead, dense_labels, said_labels
+from uniworld.train.parts.dense import NOTHING, OF_A_SCENE, OF_A_THING, DenseHead, SaidHead, dense_labels, said_labels
 from uniworld.train.parts.latents import LatentCache, file_mark
 from uniworld.train.parts.sizes import DENOISER, VAE, t5_config
 from uniworld.train.parts.vae import DIFFUSERS_STEM, as_pixels, load_vae
@@ -133,7 +134,7 @@ class TextToImage:
             share = torch.where(silent, 0.0, 1 - 1 / guidance)[:, None, None]
             target = target + share * (pred.detach() - alone).float()
         squared = (pred.float() - target).square().mean(-1)
-        weights = 1 + (THING_WEIGHT - 1) * self.module.dense.by_token(labels["points"])[..., 0].any(-1)
+        weights = thing_weights(labels["points"])
         said, found = self._read_said(states, pooled, labels, silent, without | silent)
         loss = (weights * squared).sum() / weights.sum() + DENSE_WEIGHT * dense + SAID_WEIGHT * said
         return loss, {"flow": squared.detach().mean(), "said": said.detach(), "said_right": found, **read}
@@ -298,6 +299,12 @@ class TextToImage:
             velocity = denoiser(latents, states, pooled, levels[step] * ones, guidance, ids)
             latents = flow_step(latents, velocity, change[None])
         return unpack(latents, size, size)
+
+
+def thing_weights(points: Tensor) -> Tensor:
+    """What each token's error weighs, [B, T], by the labels [B, P, P, 4] of its points."""
+    things = F.max_pool2d((points[..., 0] != NOTHING).float(), POINTS_PER_SIDE)
+    return 1 + (THING_WEIGHT - 1) * things.flatten(1)
 
 
 def what_is_said(item: Item) -> str:

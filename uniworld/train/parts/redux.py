@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from uniworld.checkpoint.build import encoder_plan, read_config
 from uniworld.checkpoint.connector_files import write_connector
@@ -27,11 +26,9 @@ from uniworld.config import FlowConfig
 from uniworld.data.scenes.tasks import Item
 from uniworld.models.connectors import Connector
 from uniworld.models.siglip import SemanticEncoder
-from uniworld.models.text_encoders import token_ids
 from uniworld.train.noise import draw_sigma
-from uniworld.train.parts.base import NO_POOLED_RATE, POINTS_PER_SIDE, THING_WEIGHT, TextToImage
+from uniworld.train.parts.base import NO_POOLED_RATE, TextToImage, thing_weights
 from uniworld.train.parts.config import PartConfig
-from uniworld.train.parts.dense import NOTHING
 from uniworld.train.parts.sizes import HIDDEN, SIGLIP, SIGLIP_PREPROCESSOR
 from uniworld.train.parts.vae import DIFFUSERS_STEM
 
@@ -82,8 +79,7 @@ class PictureToImage(TextToImage):
         for (states, pooled), part in zip((said, seen), parts):
             pred, target = self._predict(states, pooled, latents[part], noise[part], sigma[part], ones[part])
             errors.append((pred.float() - target).square().mean(-1))
-        things = F.max_pool2d((batch["points"][..., 0] != NOTHING).float(), POINTS_PER_SIDE).flatten(1)
-        weights = (1 + (THING_WEIGHT - 1) * things).to(self._device)
+        weights = thing_weights(batch["points"]).to(self._device)
         loss = (weights * torch.cat(errors)).sum() / weights.sum()
         of_words, of_pictures = (error.detach().mean() for error in errors)
         return loss, {"words": of_words, "pictures": of_pictures}
@@ -141,9 +137,7 @@ class PictureToImage(TextToImage):
         """In the words' place semantic states [B, T, D] through the connector, and the pooled text of ""."""
         connector, B = self.module.siglip_projector, len(states)
         states = states.to(self._device, connector[0].weight.dtype)
-        ids = token_ids(self.clip_tokenizer, [""], self._lengths[1]).to(self._device)
-        pooled = self.module.clip(ids).pooler_output
-        return connector(states.flatten(0, 1)).unflatten(0, (B, -1)), pooled.expand(B, -1)
+        return connector(states.flatten(0, 1)).unflatten(0, (B, -1)), self.text.pooled([""]).expand(B, -1)
 
 
 def _trained(config: PartConfig, name: str) -> Path:
