@@ -117,7 +117,7 @@ class RequestBench:
         with same_attention(self.device, self.ours.attention.name):
             return pipeline.draw(images, PROMPT, **settings)[0], {}
 
-    def overhead(self, case: Case, rounds: int = 9) -> tuple[Samples, dict[str, float]]:
+    def overhead(self, case: Case, rounds: int = MAX_ROUNDS) -> tuple[Samples, dict[str, float]]:
         """Seconds of a request outside of every model, after one request unmeasured; and the median seconds in each
         model and in each of `OUTSIDE`, which are pieces of the time outside."""
         images = noise_pictures(case.num_references)
@@ -171,7 +171,7 @@ def watched(engine: Engine, clock: PartClock) -> Iterator[None]:
         (texts.clip, "forward", "clip"),
     ]
     points += [(texts.t5, "forward", "t5")] if texts.has_t5 else []
-    points += [(engine.denoiser.model, name, "dit") for name in ("embed_txt", "modulation")]
+    points += [(engine.denoiser.model, name, "dit") for name in ("embed_txt", "modulation", "rope")]
     points += [(engine.denoiser, "_loop", "dit"), (model.vae, "decode", "vae")]
     points += [(engine.conditioner, "tokenize", "tokenize"), (model.semantic_encoder, "preprocess", "preprocess")]
     points += [(projector, "forward", "connectors") for projector in (model.denoise_projector, model.siglip_projector)]

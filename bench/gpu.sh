@@ -4,12 +4,13 @@
 #   bash bench/gpu.sh                     both, each section with half of its time: 530 s at most
 #   SECTIONS=kernels bash bench/gpu.sh    build, tests, every op, training steps: 530 s at most
 #   SECTIONS=models  bash bench/gpu.sh    build, steps and requests of the full model: 530 s at most
+#   SECTIONS="build requests" bash bench/gpu.sh    one section with all of the time
 #
 # Needs nothing but this repository, python3 with torch, transformers and pytest, and nvcc; no network.
 # Sections that fail or run out of time do not stop the others; a table at the end says how each went. Rows are written
 # as they are measured, case by case, the most wanted first, so a section that runs out of time leaves what it had; a
-# later call with the same OUT and commit goes on with the cases of `steps` and `requests` that have no rows yet. With
-# more time left for it, `SECTIONS="build requests"`, a request is timed up to nine times.
+# later call with the same OUT and commit goes on with the cases of `steps` and `requests` that have no rows yet. A
+# request is timed up to nine times, as often as its section's time allows.
 #
 #   OUT       folder for rows (<bench>.jsonl), log.txt and summary.txt; default ./out
 #   WHEELS    folder of wheels (diffusers, deepspeed, torchao and what they need) to use without installing them
@@ -31,7 +32,6 @@ KERNELS="build kernel_tests gpu_tests ops ema alone train_step region_mask"
 MODELS="build steps requests dit_step generate"
 SECTIONS=${SECTIONS:-kernels models}
 DEADLINE=${DEADLINE:-530}
-SHARE=$([[ $SECTIONS == *kernels*models* ]] && echo 50 || echo 100) # percent of their limits that sections but build have
 SECTIONS=${SECTIONS/kernels/$KERNELS}
 SECTIONS=${SECTIONS/models/$MODELS}
 DRY_RUN=${DRY_RUN:-0}
@@ -53,17 +53,34 @@ if [ "$DRY_RUN" = 1 ]; then
   export UNIWORLD_BENCH_SIZE=tiny
 fi
 
+# Seconds of each section where all of "kernels" or of "models" run. What is wanted shares the time that is left, but for
+# the build, in these proportions.
+declare -A LIMITS=(
+  [build]=60
+  [kernel_tests]=110 [gpu_tests]=50 [ops]=130 [ema]=20 [alone]=60 [train_step]=90 [region_mask]=10
+  [steps]=220 [requests]=210 [dit_step]=20 [generate]=20
+  [cold_start]=420 [tiny]=420
+)
+TOGETHER=0 # of all wanted sections that are still to come
+for name in $SECTIONS; do
+  [ "$name" = build ] || TOGETHER=$((TOGETHER + ${LIMITS[$name]:-0}))
+done
+
 remaining() { echo $((DEADLINE - SECONDS)); }
 
 wanted() { [[ " $SECTIONS " == *" $1 "* ]]; }
 
-# section NAME LIMIT COMMAND...: run it with a time limit, append its output to the log, add a line to the summary.
+# section NAME COMMAND...: run it with a time limit, append its output to the log, add a line to the summary.
 section() {
-  local name=$1 limit=$2 left rc began=$SECONDS part=$SCRATCH/$1.txt
-  shift 2
+  local name=$1 limit left rc began=$SECONDS part=$SCRATCH/$1.txt
+  shift
   wanted "$name" || return 0
-  [ "$name" = build ] || limit=$((limit * SHARE / 100))
+  limit=${LIMITS[$name]}
   left=$(remaining)
+  if [ "$name" != build ]; then
+    TOGETHER=$((TOGETHER - limit))
+    limit=$((limit * left / (TOGETHER + limit)))
+  fi
   if [ "$left" -lt 10 ]; then
     printf '%-14s %10s %9s  %s\n' "$name" 'not run' 0 'no time left' >>"$SUMMARY"
     return 0
@@ -128,23 +145,23 @@ if [ "$DRY_RUN" = 1 ]; then
   SOME=(-k "flow_step or adaln_modulate")
 fi
 
-section build 60 "$PYTHON" setup.py build_ext --inplace
-section kernel_tests 110 "${PYTEST[@]}" "${PARALLEL[@]}" "${SOME[@]}" tests/test_kernels.py
-section gpu_tests 50 "${PYTEST[@]}" "${PARALLEL[@]}" -m gpu tests
-section steps 220 "${PYTEST[@]}" -k "gemm or step" bench/full_scale.py
-section requests 210 "${PYTEST[@]}" -k "request or overhead" bench/full_scale.py
-section ops 130 "${PYTEST[@]}" "${SOME[@]}" bench/ops.py
-section ema 20 "${PYTEST[@]}" bench/ema.py
-section alone 60 "${PYTEST[@]}" bench/alone.py
-section train_step 90 "${PYTEST[@]}" bench/train_step.py
-section dit_step 20 "${PYTEST[@]}" bench/dit_step.py
-section generate 20 "${PYTEST[@]}" bench/generate.py
-section region_mask 10 "${PYTEST[@]}" bench/region_mask.py
-section cold_start 420 "${PYTEST[@]}" bench/cold_start.py
+section build "$PYTHON" setup.py build_ext --inplace
+section kernel_tests "${PYTEST[@]}" "${PARALLEL[@]}" "${SOME[@]}" tests/test_kernels.py
+section gpu_tests "${PYTEST[@]}" "${PARALLEL[@]}" -m gpu tests
+section steps "${PYTEST[@]}" -k "gemm or step" bench/full_scale.py
+section requests "${PYTEST[@]}" -k "request or overhead" bench/full_scale.py
+section ops "${PYTEST[@]}" "${SOME[@]}" bench/ops.py
+section ema "${PYTEST[@]}" bench/ema.py
+section alone "${PYTEST[@]}" bench/alone.py
+section train_step "${PYTEST[@]}" bench/train_step.py
+section dit_step "${PYTEST[@]}" bench/dit_step.py
+section generate "${PYTEST[@]}" bench/generate.py
+section region_mask "${PYTEST[@]}" bench/region_mask.py
+section cold_start "${PYTEST[@]}" bench/cold_start.py
 
 # Half a minute is kept for saving and copying.
 train_tiny() {
-  local seconds=$(($1 - 30)) name rc
+  local seconds=$((UNIWORLD_BENCH_UNTIL - $(date +%s) - 30)) name rc
   "$PYTHON" -m uniworld.cli train-tiny -o runs/tiny --minutes "$(awk "BEGIN { print $seconds / 60 }")"
   rc=$?
   for name in vae vlm semantic_encoder base redux task_head model; do
@@ -157,7 +174,7 @@ train_tiny() {
 }
 export -f train_tiny
 export PYTHON OUT
-section tiny "$(remaining)" bash -c "train_tiny $(remaining)"
+section tiny bash -c train_tiny
 
 echo
 echo "all sections: $SECONDS s" | tee -a "$SUMMARY"

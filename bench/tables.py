@@ -119,6 +119,20 @@ def generate_table(rows: list[Row]) -> str:
     return table(header, lines)
 
 
+def overhead_table(rows: list[Row]) -> str:
+    """A request's time outside of its models, and the pieces of it that are known."""
+    header = ("request", "median, ms", "best, ms", "of it words and VLM's pictures", "SigLIP's pictures", "connectors")
+    lines = [
+        (row["case"], milliseconds(row["median_s"]), milliseconds(row["min_s"]))
+        + tuple(
+            milliseconds(row["outside_s"][part]) if part in row["outside_s"] else "-"
+            for part in ("tokenize", "preprocess", "connectors")
+        )
+        for row in rows
+    ]
+    return table(header, lines)
+
+
 def region_mask_table(rows: list[Row]) -> str:
     header = ("pair", "side", "median, ms", "best, ms", "times faster, by the best")
     lines = [
@@ -255,6 +269,7 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "ops": ops_table,
     "dit_step": dit_step_table,
     "generate": generate_table,
+    "overhead": overhead_table,
     "train_step": train_step_table,
     "ema": ema_table,
     "region_mask": region_mask_table,

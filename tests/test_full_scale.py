@@ -141,6 +141,19 @@ def test_overhead_is_what_is_outside_of_the_models(scale, requests, monkeypatch)
     assert samples.median > others["tokenize"] > 1.0 > others["vae"]
 
 
+def test_overhead_of_stand_ins(scale, requests):
+    """`bench/overhead.py`: whole requests, with neither the DiT's blocks nor the decoder."""
+    import overhead
+
+    case = scale.request_cases[0]
+    blocks = requests.model.denoiser.transformer_blocks[0]
+    with overhead.stand_ins(requests), mock.patch.object(type(blocks), "forward", side_effect=AssertionError):
+        samples, seconds = requests.overhead(case, rounds=3)
+        drawn = requests.ours.generate("a cat", **requests.settings(case, 2))
+    assert len(samples.seconds) == 3 and samples.median > seconds["preprocess"] > 0
+    assert drawn.images[0].size == (64, 64) and drawn.images[0].getpixel((0, 0)) == (128, 128, 128)
+
+
 @pytest.mark.parametrize(
     "as_authors, num_references, passes", [(True, 0, (2, 1)), (True, 1, (2, 1)), (False, 0, (1, 0))]
 )

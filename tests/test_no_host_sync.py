@@ -11,6 +11,9 @@ from denoise_jobs import FakeRecorder, draw, make_denoiser, make_dit, make_job
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from uniworld.engine.denoiser import Denoiser
+from uniworld.engine.lora import AdaptedLinear
+from uniworld.engine.quantize import FP8_CAPABILITY, quantizable, quantized_copy
+from uniworld.models.flux import FluxTransformer
 
 GPU = torch.cuda.is_available()
 METHODS = ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__", "__array__")
@@ -77,6 +80,28 @@ CASES = {  # (jobs, settings of all)
     "taylor": (PADDED, {"cache": "taylor", "cache_order": 2}),
     "first block, threshold 0": (PADDED, {"cache": "first_block", "cache_threshold": 0.0}),
 }
+
+
+def in_fp8(model: FluxTransformer) -> FluxTransformer:
+    return quantized_copy(model, "fp8")
+
+
+def with_lora(model: FluxTransformer) -> FluxTransformer:
+    """Factors of rank 2 beside every large linear, as `load_lora` puts them there."""
+    for name, linear in quantizable(model).items():
+        owner, _, field = name.rpartition(".")
+        a, b = linear.weight[:2].clone(), linear.weight[:, :2].clone()
+        setattr(model.get_submodule(owner), field, AdaptedLinear(linear, a, b))
+    return model
+
+
+@pytest.mark.parametrize("change", [in_fp8, with_lora])
+@pytest.mark.parametrize("case", ["plain", "padded", "taylor"])
+def test_eager_loop_of_other_weights(watched, case, change):
+    model, (jobs, settings) = change(make_dit(torch.bfloat16)), CASES[case]
+    for job in draw(make_denoiser(model=model), *(make_job(model=model, **job, **settings) for job in jobs)):
+        assert job.latents.isfinite().all()
+    assert watched == [1]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -149,9 +174,12 @@ def test_the_watch_sees(wait):
     "settings", [{}, {"true_cfg_scale": 3.0}, {"cache": "taylor"}, {"cache": "first_block", "cache_threshold": 0.0}]
 )
 @pytest.mark.parametrize("lengths", [(7,), (5, 9)], ids=str)
-def test_on_a_gpu(monkeypatch, lengths, settings, setting):
+@pytest.mark.parametrize("change", [lambda model: model, in_fp8, with_lora], ids=["bf16", "fp8", "lora"])
+def test_on_a_gpu(monkeypatch, lengths, settings, setting, change):
     """The second request, so that kernels are compiled and graphs recorded."""
-    model = make_dit(torch.bfloat16, "cuda", attention_head_dim=64, axes_dims_rope=(8, 28, 28))
+    if change is in_fp8 and torch.cuda.get_device_capability() < FP8_CAPABILITY:
+        pytest.skip("this GPU has no e4m3")
+    model = change(make_dit(torch.bfloat16, "cuda", attention_head_dim=64, axes_dims_rope=(8, 28, 28)))
     denoiser = make_denoiser(setting=setting, model=model)
 
     def jobs():
