@@ -184,6 +184,31 @@ def test_torchao_is_given_what_ours_quantizes(bench, requests):
     assert quantized_names(requests.model.denoiser) == set(linears)
 
 
+@torch.inference_mode()
+def test_torchao_computes_in_e4m3_as_ours_does(bench, scale, monkeypatch):
+    """Its check of the machine, which the product of two e4m3 matrices does not need, is left out."""
+    quant_api = pytest.importorskip("torchao.quantization.quant_api", reason="torchao is not installed")
+    from full_cases import step_inputs
+    from full_model import denoiser_config
+    from full_steps import diffusers_peer, prepared_step, quantized_names, torchao_fp8
+    from peers import random_flux, relative_error, run_diffusers
+    from torchao.quantization import Float8Tensor
+
+    from uniworld.engine.quantize import quantized_copy
+
+    monkeypatch.setattr(quant_api, "_check_hardware_support", lambda granularity: None)
+    ours = random_flux(denoiser_config(SIZE), torch.bfloat16, "cpu")
+    inputs = step_inputs(scale.step_cases[0], ours.config, torch.bfloat16, "cpu")
+    peer = diffusers_peer(ours, "cpu", "sdpa")
+    exact = run_diffusers(peer, **inputs)
+    linears = torchao_fp8(peer, ours).named_modules()
+    weights = {name: module.weight for name, module in linears if isinstance(module, torch.nn.Linear)}
+    assert {name for name, weight in weights.items() if isinstance(weight, Float8Tensor)} == quantized_names(ours)
+    theirs, mine = run_diffusers(peer, **inputs), prepared_step(quantized_copy(ours, "fp8"), inputs)()
+    errors = relative_error(theirs, exact), relative_error(mine, exact)
+    assert 1e-3 < errors[0] < 0.05 and errors[1] < 1.2 * errors[0]
+
+
 def test_memory_of_one_side(bench):
     from residents import own_bytes
 
