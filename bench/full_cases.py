@@ -22,6 +22,7 @@ class Case:
     size_px: int
     batch: int = 1
     shrink: int = 1  # divides the text lengths, for a dry run
+    unequal: bool = False  # the texts of a batch have lengths from half of it up
 
     @property
     def num_img(self) -> int:
@@ -37,13 +38,21 @@ class Case:
         return self.num_img + self.num_txt
 
     @property
+    def txt_lengths(self) -> tuple[int, ...]:
+        """Text tokens of every sample of the batch."""
+        if not self.unequal:
+            return (self.num_txt,) * self.batch
+        return tuple(self.num_txt * (self.batch + 1 + i) // (2 * self.batch) for i in range(self.batch))
+
+    @property
     def flops(self) -> float:
-        """Of one forward of FLUX.1-dev, linear and attention terms of all blocks."""
-        return self.batch * (1.291e10 * self.num_tokens + 7.004e5 * self.num_tokens**2)
+        """Of one forward of FLUX.1-dev, linear and attention terms of all blocks; none of padding."""
+        lengths = [self.num_img + length for length in self.txt_lengths]
+        return sum(1.291e10 * length + 7.004e5 * length**2 for length in lengths)
 
     def __str__(self) -> str:
         batch = f", batch {self.batch}" if self.batch > 1 else ""
-        return f"{TASKS[self.num_references]}, {self.size_px} px{batch}"
+        return f"{TASKS[self.num_references]}, {self.size_px} px{batch}{' of unequal lengths' if self.unequal else ''}"
 
 
 @dataclass(frozen=True)
@@ -69,6 +78,7 @@ class Scale:
         two = [Case(2, px, 1, self.shrink) for px in self.sides_px]
         for px in reversed(self.sides_px):
             many += [Case(1, px, batch, self.shrink) for batch in self.batches]
+        many += [Case(1, px, self.batches[0], self.shrink, unequal=True) for px in self.sides_px if self.batches]
         object.__setattr__(self, "request_cases", (*one, two[0]))
         object.__setattr__(self, "step_cases", (*one, *two, *many))
 

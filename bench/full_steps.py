@@ -28,12 +28,14 @@ from uniworld.models.flux import FluxTransformer
 
 OURS, COMPILED, GRAPH = "ours", "ours compiled", "ours, CUDA graph"
 FP8, FP8_GRAPH = "ours, fp8", "ours, fp8, CUDA graph"
+ONE_BY_ONE = "ours, one after the other"  # of a batch of unequal lengths
 EAGER, PEER_COMPILED, TORCHAO = "diffusers eager", "diffusers compiled", "diffusers compiled, torchao fp8"
 PEERS = (EAGER, PEER_COMPILED, TORCHAO)
 MODELS = {  # of each side, the attribute of `StepBench` that it runs on
     OURS: "ours",
     COMPILED: "compiled",
     FP8: "fp8",
+    ONE_BY_ONE: "ours",
     EAGER: "eager",
     PEER_COMPILED: "peer_compiled",
     TORCHAO: "torchao",
@@ -49,6 +51,8 @@ class Missing(Exception):
 
 def step_sides(case: Case, largest_px: int) -> tuple[str, ...]:
     """All sides at the largest size; each shape costs the compiled peers a compilation, and the rest have fewer."""
+    if case.unequal:  # no graph holds the lengths, and diffusers attends to padding
+        return (OURS, ONE_BY_ONE, FP8, EAGER)
     if case.batch > 1 or case.num_references > 1:
         return (OURS, GRAPH, FP8_GRAPH, EAGER)
     sides = (OURS, GRAPH, COMPILED, FP8, FP8_GRAPH, EAGER, PEER_COMPILED)
@@ -137,7 +141,7 @@ class StepBench:
         found, calls = {}, {}
         for side in step_sides(case, max(self.scale.sides_px)):
             try:
-                call, model = self._call(side, inputs)
+                call, model = self._call(side, inputs, case)
                 prediction, peak = measure_once(call, own_bytes(model), self.device, once=side in GRAPHS)
                 plain = calls.get(GRAPHS.get(side, side), call)
                 error = relative_error(prediction, self.truths[case]) if case in self.truths else None
@@ -157,24 +161,28 @@ class StepBench:
         settings = {"sample_s": 0.0, "warmup": 0} if long else {"sample_s": 0.1 if self.rounds > 1 else 0.0}
         return interleave({s: [c] for s, c in calls.items()}, rounds=self.rounds, device=self.device, **settings)
 
-    def _call(self, side: str, inputs: dict[str, Tensor]) -> tuple[Call, nn.Module]:
+    def _call(self, side: str, inputs: dict[str, Tensor], case: Case) -> tuple[Call, nn.Module]:
         """What takes a step, and the model that it belongs to."""
         if side in GRAPHS:
             if self.device != "cuda":
                 raise Missing("needs a CUDA device")
-            call, model = self._call(GRAPHS[side], inputs)
+            call, model = self._call(GRAPHS[side], inputs, case)
             return replayed(call), model
         model = getattr(self, MODELS[side])
         if side in PEERS:
             return functools.partial(self._peer_step, model, inputs), model
-        return prepared_step(model, inputs), model
+        if side == ONE_BY_ONE:
+            return one_after_the_other(model, inputs, case.txt_lengths), model
+        return prepared_step(model, inputs, case.txt_lengths if case.unequal else None), model
 
     def _peer_step(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
         with torch.inference_mode(), same_attention(self.device, self.attention):
             return run_diffusers(model, **inputs)
 
 
-def prepared_step(model: FluxTransformer, inputs: dict[str, Tensor]) -> Call:
+def prepared_step(
+    model: FluxTransformer, inputs: dict[str, Tensor], txt_lengths: tuple[int, ...] | None = None
+) -> Call:
     """One step as the engine's loop runs it, text and modulation prepared."""
     with torch.inference_mode():
         txt = model.embed_txt(inputs["txt"])
@@ -183,9 +191,18 @@ def prepared_step(model: FluxTransformer, inputs: dict[str, Tensor]) -> Call:
 
     def step() -> Tensor:
         with torch.inference_mode():
-            return model.denoise(inputs["img"], txt, row, pe)
+            return model.denoise(inputs["img"], txt, row, pe, txt_lengths)
 
     return step
+
+
+def one_after_the_other(model: FluxTransformer, inputs: dict[str, Tensor], txt_lengths: tuple[int, ...]) -> Call:
+    """The same of every sample alone, without padding."""
+    steps = []
+    for i, length in enumerate(txt_lengths):
+        own = {name: tensor if name == "img_ids" else tensor[i : i + 1] for name, tensor in inputs.items()}
+        steps.append(prepared_step(model, own | {"txt": own["txt"][:, :length]}))
+    return lambda: torch.cat([step() for step in steps])
 
 
 def replayed(step: Call) -> Call:

@@ -3,6 +3,7 @@
 import itertools
 import time
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -73,7 +74,27 @@ def test_every_step(bench, scale, steps):
         check(bench, found, bench.step_sides(case, 64))
         assert (found["ours"].error is not None) == (case.batch == 1)
     sides = set(itertools.chain.from_iterable(steps.values()))
-    assert sides == EXACT - {"ours, first-block cache", "the authors' flow"} | NEEDS_CUDA | NOT_COMPILED | {"ours, fp8"}
+    exact = EXACT - {"ours, first-block cache", "the authors' flow"}
+    assert sides == exact | NEEDS_CUDA | NOT_COMPILED | {"ours, fp8", "ours, one after the other"}
+    assert [case.batch for case in steps if case.unequal] == [2]
+
+
+@torch.inference_mode()
+def test_a_batch_of_unequal_lengths_is_each_sample_alone(bench, scale):
+    from full_cases import step_inputs
+    from full_model import denoiser_config
+    from full_steps import one_after_the_other, prepared_step
+    from peers import random_flux, relative_error
+
+    (case,) = (case for case in scale.step_cases if case.unequal)
+    full = case.num_txt
+    assert case.txt_lengths == (full * 3 // 4, full)
+    assert 1 / 2 < case.flops / replace(case, unequal=False).flops < 1
+    model = random_flux(denoiser_config(SIZE), torch.float32, "cpu")
+    inputs = step_inputs(case, model.config, torch.float32, "cpu")
+    alone = one_after_the_other(model, inputs, case.txt_lengths)()
+    assert relative_error(prepared_step(model, inputs, case.txt_lengths)(), alone) < 1e-5
+    assert relative_error(prepared_step(model, inputs)(), alone) > 1e-3  # padding is not to be attended to
 
 
 def test_every_request(bench, scale, drawn):
@@ -288,7 +309,8 @@ def test_cases_are_those_of_the_issue(bench):
     assert [case.num_tokens for case in FULL.step_cases if case.num_references == 2] == [6932, 3860]
     assert {case.batch for case in FULL.step_cases} == {1, 4, 8}
     flops = FULL.step_cases[0].flops
-    assert flops == pytest.approx(9.576e13, rel=1e-3) and FULL.step_cases[-1].flops == 8 * flops
+    (eight,) = (case for case in FULL.step_cases if case.batch == 8 and case.size_px == 1024)
+    assert flops == pytest.approx(9.576e13, rel=1e-3) and eight.flops == 8 * flops
 
 
 def test_rows_that_are_there(bench, tmp_path, monkeypatch):

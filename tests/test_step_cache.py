@@ -156,15 +156,28 @@ def test_taylor_equals_reference(theirs, interval, order, cfg):
     assert any(c is not None for c in job.step_cache.changes)
 
 
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param(
+            "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+        ),
+    ],
+)
 @pytest.mark.parametrize("num_layers", [1, 2])
 @pytest.mark.parametrize("cfg", [1.0, 3.0])
 @pytest.mark.parametrize(
     "lossless", [{"cache": "first_block", "cache_threshold": 0.0}, {"cache": "taylor", "cache_interval": 1}], ids=str
 )
-def test_settings_that_leave_nothing_out_give_the_same_bits(lossless, cfg, num_layers):
-    denoiser = make_denoiser(model=make_dit(num_layers=num_layers))
-    jobs = [make_job(seed, num_txt=5 + seed, true_cfg_scale=cfg, **SLOW) for seed in (1, 2)]
-    cached = [make_job(seed, num_txt=5 + seed, true_cfg_scale=cfg, **SLOW, **lossless) for seed in (1, 2)]
+def test_settings_that_leave_nothing_out_give_the_same_bits(lossless, cfg, num_layers, device):
+    sizes = {"attention_head_dim": 64, "axes_dims_rope": (8, 28, 28)} if device == "cuda" else {}
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    model = make_dit(dtype, device, num_layers=num_layers, **sizes)
+    denoiser = make_denoiser(model=model, setting=False)
+    settings = {"true_cfg_scale": cfg, "model": model, **SLOW}
+    jobs = [make_job(seed, num_txt=5 + seed, **settings) for seed in (1, 2)]
+    cached = [make_job(seed, num_txt=5 + seed, **settings, **lossless) for seed in (1, 2)]
     for plain, same in zip(draw(denoiser, *jobs), draw(denoiser, *cached)):
         assert torch.equal(plain.latents, same.latents)
         assert plain.step_cache is None

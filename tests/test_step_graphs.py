@@ -8,6 +8,7 @@ from torch import nn
 from uniworld.engine import Engine
 from uniworld.engine.compiled import compile_blocks
 from uniworld.engine.graphs import MIN_STEPS, StepGraphs
+from uniworld.engine.quantize import FP8_CAPABILITY, quantized_copy
 
 GPU = torch.cuda.is_available()
 
@@ -231,10 +232,15 @@ def test_forbidden_is_eager():
 @pytest.mark.skipif(not GPU, reason="needs a GPU")
 @pytest.mark.parametrize("cfg", [1.0, 3.0])
 @pytest.mark.parametrize("num_jobs", [1, 2])
-def test_on_a_gpu(cfg, num_jobs):
+@pytest.mark.parametrize("quantize", [None, "fp8"])
+def test_on_a_gpu(cfg, num_jobs, quantize):
     """Bits of eager, several shapes in turn, so that one graph's memory is not another's."""
     sizes = {"attention_head_dim": 64, "axes_dims_rope": (8, 28, 28)}
     model = make_dit(torch.bfloat16, "cuda", **sizes)
+    if quantize:
+        if torch.cuda.get_device_capability() < FP8_CAPABILITY:
+            pytest.skip("this GPU has no e4m3")
+        model = quantized_copy(model, quantize)
     graphed, eager = make_denoiser(setting=True, model=model), make_denoiser(setting=False, model=model)
 
     def jobs(seed, num_txt):
