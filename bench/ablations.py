@@ -72,4 +72,4 @@ def render(page: str, results: Sequence[Result]) -> str:
 
 
 if __name__ == "__main__":
-    update(PAGE, lambda page: render(page, read_results()), "ablations.py")
+    update(lambda page: render(page, read_results()), "ablations.py", PAGE)

@@ -124,4 +124,4 @@ def render(page: str) -> str:
 
 
 if __name__ == "__main__":
-    update(PAGE, render, "memory_tiers.py")
+    update(render, "memory_tiers.py", PAGE)

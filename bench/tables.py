@@ -1,4 +1,4 @@
-"""Writes the tables of docs/performance.md from the rows in bench/results.
+"""Writes the tables of docs/performance.md, and that of README.md, from the rows in bench/results.
 
     python bench/tables.py          rewrite the tables
     python bench/tables.py --check  exit 1 where they do not agree with the rows
@@ -13,9 +13,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import summary
 from rows import read, select
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "performance.md"
+ROOT = Path(__file__).resolve().parent.parent
+PAGE, README = ROOT / "docs" / "performance.md", ROOT / "README.md"
 MARKS = re.compile(r"(<!-- table: (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 NOT_MEASURED = "Not measured.\n"
 Row = dict[str, Any]
@@ -285,6 +287,8 @@ def render(page: str, rows: list[Row]) -> str:
     """The page with every table made anew from `rows`."""
 
     def one(match: re.Match) -> str:
+        if match[2] == "summary":
+            return f"{match[1]}\n{table(summary.HEADER, list(summary.lines(rows)))}\n{match[3]}"
         bench, kind = match[2].split()
         of_kind = select(rows, kind=kind)
         rows_of = select(of_kind, bench=ROWS_OF.get(bench, bench))
@@ -294,21 +298,22 @@ def render(page: str, rows: list[Row]) -> str:
     return MARKS.sub(one, page)
 
 
-def update(path: Path, rendered: Callable[[str], str], script: str) -> None:
-    """What a script that writes a page does: put `rendered` of it in its place, or with --check only compare."""
-    parser = argparse.ArgumentParser(description=f"Writes the tables of {path.name}.")
-    parser.add_argument("--check", action="store_true", help="change nothing, exit 1 where the page is out of date")
+def update(rendered: Callable[[str], str], script: str, *paths: Path) -> None:
+    """What a script that writes pages does: put `rendered` of each in its place, or with --check only compare."""
+    parser = argparse.ArgumentParser(description=f"Writes the tables of {', '.join(path.name for path in paths)}.")
+    parser.add_argument("--check", action="store_true", help="change nothing, exit 1 where a page is out of date")
     args = parser.parse_args()
-    before = path.read_text(encoding="utf-8")
-    after = rendered(before)
-    if args.check and before != after:
-        sys.exit(f"{path}: is out of date; run python bench/{script}")
-    if before != after:
-        path.write_text(after, encoding="utf-8")
+    for path in paths:
+        before = path.read_text(encoding="utf-8")
+        after = rendered(before)
+        if args.check and before != after:
+            sys.exit(f"{path}: is out of date; run python bench/{script}")
+        if before != after:
+            path.write_text(after, encoding="utf-8")
 
 
 def main() -> None:
-    update(PAGE, lambda page: render(page, read()), "tables.py")
+    update(lambda page: render(page, read()), "tables.py", PAGE, README)
 
 
 if __name__ == "__main__":

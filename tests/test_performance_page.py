@@ -1,4 +1,4 @@
-"""The tables of docs/performance.md are those of the rows in bench/results."""
+"""The tables of docs/performance.md and README.md are those of the rows in bench/results."""
 
 import re
 from pathlib import Path
@@ -19,8 +19,22 @@ def bench(monkeypatch):
 
 def test_tables_agree_with_rows(bench):
     rows, tables = bench
-    page = tables.PAGE.read_text(encoding="utf-8")
-    assert tables.render(page, rows.read()) == page, "run python bench/tables.py"
+    for path in (tables.PAGE, tables.README):
+        page = path.read_text(encoding="utf-8")
+        assert "<!-- table: " in page and tables.render(page, rows.read()) == page, "run python bench/tables.py"
+
+
+def test_the_summary_takes_full_scale_rows(bench):
+    """Of each case our side and diffusers' eager one; a side that was not measured stays out."""
+    import summary
+
+    one = {"dtype": "bfloat16", "device": "card", "kind": "cuda", "bench": "full_scale", "date": "2026-01-02T03"}
+    case = {"case": "step, edit, 1024 px", **one}
+    rows = [{"side": side, "median_s": s, **case} for side, s in (("ours, CUDA graph", 0.25), ("diffusers eager", 0.5))]
+    rows.append({"case": "request, edit, 1024 px", "side": "ours", "missing": "no time", **one})
+    found = {what: others for what, *others in summary.lines(rows)}
+    assert found["one DiT step of an edit, 1024x1024, full size"] == ["0.250 s", "0.500 s", "card, 2026-01-02"]
+    assert found["one edit, 1024x1024, 28 steps, full size"] == list(summary.NOT_MEASURED)
 
 
 def test_tables_without_rows_say_so(bench):
@@ -107,7 +121,7 @@ def test_the_list_of_what_waits_names_every_section_and_every_gpu_test(bench):
     assert named <= sections
     assert sections - named == {"gpu_tests", "tiny"}  # the former runs the files below, the latter measures nothing
     tests = BENCH.parent / "tests"
-    mark = re.compile(r"^(@|pytestmark = )pytest\.mark\.gpu", re.MULTILINE)
+    mark = re.compile(r"\bpytest\.mark\.gpu\b")
     marked = {path.name for path in tests.glob("test_*.py") if mark.search(path.read_text(encoding="utf-8"))}
     files = set(re.findall(r"tests/(test_\w+\.py)", commands))
     assert files == marked
