@@ -29,7 +29,7 @@ ROOT=$PWD
 OUT=${OUT:-$ROOT/out}
 WHEELS=${WHEELS:-}
 KERNELS="build kernel_tests gpu_tests ops ema alone train_step region_mask"
-MODELS="build steps requests dit_step generate"
+MODELS="build steps requests dit_step generate decode"
 SECTIONS=${SECTIONS:-kernels models}
 DEADLINE=${DEADLINE:-530}
 SECTIONS=${SECTIONS/kernels/$KERNELS}
@@ -58,7 +58,7 @@ fi
 declare -A LIMITS=(
   [build]=60
   [kernel_tests]=110 [gpu_tests]=50 [ops]=130 [ema]=20 [alone]=60 [train_step]=90 [region_mask]=10
-  [steps]=220 [requests]=210 [dit_step]=20 [generate]=20
+  [steps]=215 [requests]=205 [dit_step]=20 [generate]=20 [decode]=10
   [cold_start]=420 [tiny]=420
 )
 TOGETHER=0 # of all wanted sections that are still to come
@@ -156,6 +156,7 @@ section alone "${PYTEST[@]}" bench/alone.py
 section train_step "${PYTEST[@]}" bench/train_step.py
 section dit_step "${PYTEST[@]}" bench/dit_step.py
 section generate "${PYTEST[@]}" bench/generate.py
+section decode "${PYTEST[@]}" bench/decode.py
 section region_mask "${PYTEST[@]}" bench/region_mask.py
 section cold_start "${PYTEST[@]}" bench/cold_start.py
 

@@ -230,6 +230,14 @@ def alone_table(rows: list[Row]) -> str:
     return table(header, lines)
 
 
+def decode_table(rows: list[Row]) -> str:
+    header = ("decoding, dtype", "side", "median, s", "best, s", "times as long as torch's layout", "error")
+    lines = [
+        (*timing_cells(row), number(row, "times_longer", "{:.2f}"), number(row, "error", "{:.1e}")) for row in rows
+    ]
+    return table(header, lines)
+
+
 def counts_step_table(rows: list[Row]) -> str:
     header = ("step", "side", "kernels", "of diffusers'", "TFLOPs", "of F(S)", "GB read and written")
     lines = [
@@ -278,6 +286,7 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "full_scale": full_scale_table,
     "throughput": throughput_table,
     "alone": alone_table,
+    "decode": decode_table,
     "counts_step": counts_step_table,
     "counts_ops": counts_ops_table,
 }

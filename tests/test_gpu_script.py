@@ -41,12 +41,12 @@ def test_bench_files_of_sections_exist_and_are_collected():
 @pytest.mark.parametrize(
     "sections, expected",
     [
-        ("models", "build steps requests dit_step generate"),
+        ("models", "build steps requests dit_step generate decode"),
         ("kernels", "build kernel_tests gpu_tests ops ema alone train_step region_mask"),
         ("build requests", "build requests"),
         (
             None,
-            "build kernel_tests gpu_tests ops ema alone train_step region_mask steps requests dit_step generate",
+            "build kernel_tests gpu_tests ops ema alone train_step region_mask steps requests dit_step generate decode",
         ),
     ],
 )
