@@ -16,6 +16,7 @@
 #   WHEELS    folder of wheels (diffusers, deepspeed, torchao and what they need) to use without installing them
 #   SECTIONS  which to run: "kernels", "models", or names of sections; default both
 #             "cold_start" is in neither: it writes a checkpoint of 39 to 48 GiB and times new processes until a picture
+#             "offload" is in neither: it copies the full-size model to pinned memory and draws, once for every level
 #             "tiny" is in neither: it trains the model tiny for the time that is left, and goes on where an earlier call
 #             stopped: its parts, scores and, at the end, weights go to OUT/tiny
 #   DEADLINE  seconds for all sections together, default 530
@@ -59,7 +60,7 @@ declare -A LIMITS=(
   [build]=60
   [kernel_tests]=110 [gpu_tests]=50 [ops]=130 [ema]=20 [alone]=60 [train_step]=90 [region_mask]=10
   [steps]=215 [requests]=205 [dit_step]=20 [generate]=20 [decode]=10
-  [cold_start]=420 [tiny]=420
+  [cold_start]=420 [offload]=420 [tiny]=420
 )
 TOGETHER=0 # of all wanted sections that are still to come
 for name in $SECTIONS; do
@@ -159,6 +160,7 @@ section generate "${PYTEST[@]}" bench/generate.py
 section decode "${PYTEST[@]}" bench/decode.py
 section region_mask "${PYTEST[@]}" bench/region_mask.py
 section cold_start "${PYTEST[@]}" bench/cold_start.py
+section offload "${PYTEST[@]}" bench/offload.py
 
 # Half a minute is kept for saving and copying.
 train_tiny() {

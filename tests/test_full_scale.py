@@ -1,5 +1,6 @@
 """bench/full_scale.py at toy size on a CPU: every case and side runs, and agrees with its peers."""
 
+import functools
 import itertools
 import time
 import weakref
@@ -173,6 +174,19 @@ def test_overhead_of_stand_ins(scale, requests):
         drawn = requests.ours.generate("a cat", **requests.settings(case, 2))
     assert len(samples.seconds) == 3 and samples.median > seconds["preprocess"] > 0
     assert drawn.images[0].size == (64, 64) and drawn.images[0].getpixel((0, 0)) == (128, 128, 128)
+
+
+def test_edits_with_weights_that_wait(bench, monkeypatch):
+    """`bench/offload.py`: less is stated to be on the device, and each side is an engine at its level."""
+    import offload
+
+    monkeypatch.setattr(offload, "interleave", functools.partial(offload.interleave, rounds=1))
+    plain, stated = offload.engine_of(None, None)
+    waiting, less = offload.engine_of("fp8", "cpu")
+    assert waiting.offload.level == "cpu" and less < stated / 2
+    for engine in (plain, waiting):
+        samples, step_s, peak = offload.measure(engine)
+        assert len(samples.seconds) == 1 and samples.median > offload.NUM_STEPS * step_s > 0 and peak is None
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 PATH = Path(__file__).resolve().parent.parent / "bench" / "gpu.sh"
 SCRIPT = PATH.read_text(encoding="utf-8")
 DEADLINE_S = 530
-ON_REQUEST = {"cold_start", "tiny"}
+ON_REQUEST = {"cold_start", "offload", "tiny"}
 
 
 def limits() -> dict[str, int]:
