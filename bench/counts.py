@@ -30,8 +30,9 @@ CASES = {  # side in px, text tokens: VLM and T5, and 1,024 semantic ones for a 
 }
 ATTENTION = AttentionChoice("sdpa", "any that is one kernel", ragged="triton")
 SIDES = ("ours", "ours, forward", "ours, fp8", "diffusers eager")
-# connector_mlp's plain version has results whose size depends on the data; region_mse's floor is that of training.
-COUNTED_OPS = tuple(name for name in load_ops() if name not in ("connector_mlp", "region_mse"))
+COUNTED_OPS = tuple(load_ops())
+NO_SHAPES = "connector_mlp"  # its plain version has results whose size depends on the data
+TRAINING = "region_mse"  # whose floor is that of the loss and its gradient together
 
 
 def formula_flops(num_tokens: int, config: FluxConfig = FULL) -> int:
@@ -94,15 +95,23 @@ def step_counts(case: str, config: FluxConfig = FULL) -> dict[str, Count]:
 
 
 def op_counts(name: str, case: dict[str, int]) -> dict[str, Count]:
-    """An op and its plain reference on one case, bf16."""
+    """An op and, where its shapes are known, its plain reference on one case, bf16."""
     op = OPS[name]
     with fake_tensors():
         inputs = op.make_inputs(**case, dtype=DTYPE, device="cpu")
         fixed = {"backend": ATTENTION} if name == "joint_attention" else {}
-        return {
-            "ours": count(lambda: op.fn(**inputs, **fixed)),
-            "torch eager": count(lambda: op.reference(**inputs)),
-        }
+        calls = {"ours": functools.partial(op.fn, **inputs, **fixed)}
+        if name != NO_SHAPES:
+            calls["torch eager"] = functools.partial(op.reference, **inputs)
+        if name == TRAINING:
+            inputs["pred"].requires_grad_()
+            calls = {side: functools.partial(_with_gradient, call) for side, call in calls.items()}
+        return {side: count(call) for side, call in calls.items()}
+
+
+def _with_gradient(loss: Callable[[], torch.Tensor]) -> None:
+    with torch.enable_grad():
+        loss().backward()
 
 
 @pytest.mark.parametrize("side", SIDES)

@@ -256,7 +256,8 @@ def counts_ops_table(rows: list[Row]) -> str:
         ours, eager = side_of(group, "ours"), side_of(group, "torch eager")
         cells = [ours["case"], f"{ours['floor_bytes'] / 1e6:.2f}"]
         for row in (ours, eager):
-            cells += [f"{row['bytes'] / 1e6:.2f}", number(row, "of_floor", "{:.3f}"), str(row["kernels"])]
+            moved = f"{row['bytes'] / 1e6:.2f}" if row else "-"
+            cells += [moved, number(row, "of_floor", "{:.3f}"), number(row, "kernels", "{}")]
         lines.append(tuple(cells))
     return table(header, lines)
 

@@ -100,6 +100,20 @@ def test_fused_ops_move_what_they_must(counts, name):
         assert found["torch eager"].num_kernels > found["ours"].num_kernels, case
 
 
+def test_the_loss_with_its_gradient(counts):
+    """Prediction and target are read twice, by the loss and by its gradient; the floor has them once."""
+    for case in OPS["region_mse"].bench_cases:
+        found, floor = counts.op_counts("region_mse", case), OPS["region_mse"].bytes_moved(case)
+        assert 1 < found["ours"].num_bytes / floor < 2 and found["torch eager"].num_bytes > 7 * found["ours"].num_bytes
+
+
+def test_the_connector_moves_what_it_must(counts):
+    """And the rows between its own, which it clears."""
+    (case,) = OPS["connector_mlp"].bench_cases
+    found, floor = counts.op_counts("connector_mlp", case), OPS["connector_mlp"].bytes_moved(case)
+    assert list(found) == ["ours"] and 1 <= found["ours"].num_bytes / floor < 1.03
+
+
 @pytest.mark.parametrize("name", ["gelu_linear", "fp8_linear", "varlen_attention", "connector_mlp", "joint_attention"])
 def test_flop_formulas_agree_with_the_registry(counts, name):
     """But for `varlen_attention`: its lengths are values on the device, and torch counts as if nothing were padding."""
