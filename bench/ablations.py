@@ -19,7 +19,7 @@ PAGE = Path(__file__).resolve().parent.parent / "docs" / "ablations.md"
 RESULTS = Path(__file__).resolve().parent / "results" / "ablations"
 NOT_RUN = "Not run yet.\n"
 FIGURES = {"t2i": "text to image", "edit": "editing", "changed": "changed", "stayed": "stayed"}
-FIGURES |= {"psnr_db": "outside, dB", "perceive": "perception"}
+FIGURES |= {"psnr_db": "outside, dB", "inside_db": "inside, dB", "perceive": "perception"}
 BY_REGION = "region"  # the ablation that is told by the size of the edited region
 Result = dict[str, Any]
 
@@ -33,7 +33,7 @@ def read_results(folder: Path = RESULTS) -> list[Result]:
 def score(value: float | None, field: str = "") -> str:
     if value is None:
         return "-"
-    return f"{value:.1f}" if field == "psnr_db" else f"{100 * value:.1f} %"
+    return f"{value:.1f}" if field.endswith("_db") else f"{100 * value:.1f} %"
 
 
 def told(result: Result) -> str:
@@ -57,8 +57,11 @@ def regions_table(variants: Sequence[dict[str, Any]]) -> str:
     """Success of edits by the share of the picture that they change."""
     regions = variants[0]["regions"]
     header = [f"{region['low']:.0%} to {region['high']:.0%} ({region['num']} edits)" for region in regions]
-    lines = [(v["title"], *(score(region["success"]) for region in v["regions"])) for v in variants]
-    return table(("edits that succeed, by edited share", *header), lines)
+    lines = [
+        (v["title"], *(f"{score(r['success'])}, {score(r['inside_db'], 'inside_db')} dB" for r in v["regions"]))
+        for v in variants
+    ]
+    return table(("edits that succeed, and inside, by edited share", *header), lines)
 
 
 def render(page: str, results: Sequence[Result]) -> str:

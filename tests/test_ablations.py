@@ -85,23 +85,35 @@ def test_overrides_change_all_runs_but_not_what_is_asked():
         replace(BUDGET, steps=1)
 
 
+def test_some_of_the_variants():
+    from uniworld.cli_ablate import variants_of
+
+    assert variants_of("region", None) == list(ABLATIONS["region"].variants)
+    assert [variant.title for variant in variants_of("region", "stage2-none,stage2")] == ["logarithmic", "uniform"]
+
+
 # Regions
 
 
-def verdict(score, changed, stayed):
-    measures = {"changed": changed, "stayed": stayed}
+def verdict(score, changed, stayed, inside_db=20.0):
+    measures = {"changed": changed, "stayed": stayed, "inside_db": inside_db}
     return Verdict(column="edit add", index=0, score=score, right=bool(score), measures=measures)
 
 
 def test_edits_by_the_size_of_their_region():
-    edits = [verdict(1.0, 1.0, 1.0), verdict(0.0, 1.0, 0.0), verdict(0.0, 0.0, 1.0), verdict(1.0, 1.0, 1.0)]
+    edits = [
+        verdict(1.0, 1.0, 1.0, inside_db=24.0),
+        verdict(0.0, 1.0, 0.0),
+        verdict(0.0, 0.0, 1.0),
+        verdict(1.0, 1.0, 1.0),
+    ]
     small, _, large, whole = scenes_regions.regions(edits, [0.01, 0.03, 0.2, 1.0])
     assert (small.low, small.high, small.num) == (0.0, 0.03, 2)
-    assert (small.success, small.changed, small.stayed) == (0.5, 1.0, 0.5)
+    assert (small.success, small.changed, small.stayed, small.inside_db) == (0.5, 1.0, 0.5, 22.0)
     assert (large.num, large.success, large.stayed) == (1, 0.0, 1.0)
     assert (whole.num, whole.success) == (1, 1.0)
     empty = scenes_regions.regions(edits[:1], [0.01])[2]
-    assert (empty.num, empty.success) == (0, None)
+    assert (empty.num, empty.success, empty.inside_db) == (0, None, None)
 
 
 def test_the_edited_share_is_that_of_pixels_that_differ():
@@ -230,6 +242,11 @@ def test_list_and_mistakes(ablate, tmp_path):
         (("ema", "--columns", "routing"), "--columns routing: must be of t2i, edit and perceive"),
         (("ema", "data.bach_size=3"), "data.bach_size: unknown key; did you mean batch_size?"),
         (("ema", "--data", "nowhere"), "--data nowhere: no such file or folder"),
+        (
+            ("region", "--only", "stage2,stage2-ex"),
+            "--only stage2,stage2-ex: 'stage2-ex' is not one of stage2, stage2-n",
+        ),
+        (("region", "--only", "stage2"), "--only stage2: must name two variants or more"),
     ):
         code, _, err = ablate(*arguments, "-o", tmp_path / "out")
         assert code == 2 and message in err and err.count("\n") == 1, err
@@ -279,8 +296,9 @@ def pages(monkeypatch):
 
 
 def a_result(name, success):
-    region = {"low": 0.0, "high": 0.04, "num": 9, "success": success, "changed": 1.0, "stayed": 1.0}
-    figures = {"t2i": 0.125, "edit": success, "changed": 0.75, "stayed": 0.5, "psnr_db": 21.26, "perceive": None}
+    region = {"low": 0.0, "high": 0.04, "num": 9, "success": success, "changed": 1.0, "stayed": 1.0, "inside_db": 9.5}
+    figures = {"t2i": 0.125, "edit": success, "changed": 0.75, "stayed": 0.5, "psnr_db": 21.26, "inside_db": 12.34}
+    figures |= {"perceive": None}
     variants = [{"title": v.title, "figures": figures, "regions": [region]} for v in ABLATIONS[name].variants]
     return {
         "ablation": name, "variants": variants, "steps": 2000, "batch_size": 16, "num": 50, "seed": 3,
@@ -302,9 +320,10 @@ def test_results_become_tables(pages, tmp_path):
         (tmp_path / f"{name}-here.json").write_text(json.dumps(a_result(name, 0.5)))
     page = pages.render(pages.PAGE.read_text(encoding="utf-8"), pages.read_results(tmp_path))
     assert page.count(pages.NOT_RUN) == len(ABLATIONS) - 2
-    assert "| uniform | 12.5 % | 50.0 % | 75.0 % | 50.0 % | 21.3 | - |" in page
+    assert "| uniform | 12.5 % | 50.0 % | 75.0 % | 50.0 % | 21.3 | 12.3 | - |" in page
     assert "| last weights | 12.5 % | 50.0 % |" in page
-    assert page.count("| edits that succeed, by edited share | 0% to 4% (9 edits) |") == 1
+    assert page.count("| edits that succeed, and inside, by edited share | 0% to 4% (9 edits) |") == 1
+    assert "| uniform | 50.0 %, 9.5 dB |" in page
     assert "2,000 steps of 16 samples a variant, 50 held-out items a column. Seed 3." in page
     assert "a machine, fp32, 2026-01-02, version 1.0." in page
     assert "```bash\nuniworld ablate region --steps 2000\n```" in page

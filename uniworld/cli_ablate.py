@@ -65,6 +65,7 @@ class AblateOptions:
     steps: int
     num: int
     columns: str
+    only: str | None
     draw_steps: int
     seed: int
     workers: int | None
@@ -82,7 +83,7 @@ def ablate(name: str, folder: Path, options: AblateOptions) -> int:
         raise ValueError(f"--columns {options.columns}: must be of t2i, edit and perceive; the VLM is the same in all")
     budget = budget_of(options)
     names = tuple(ABLATIONS) if name == ALL else (name,)
-    for run in runs_of([variant for one in names for variant in ABLATIONS[one].variants]):
+    for run in runs_of([variant for one in names for variant in variants_of(one, options.only)]):
         run_config(run, budget, folder)  # a mistake in the overrides is found before anything is written
     claim(folder, budget)
     if options.data is None:
@@ -99,7 +100,7 @@ def ablate(name: str, folder: Path, options: AblateOptions) -> int:
 def answer(name: str, columns: Sequence[Column], budget: Budget, folder: Path, options: AblateOptions) -> int:
     """Train, score and compare the variants of an ablation; returns the exit code."""
     ablation, found = ABLATIONS[name], []
-    for variant in ablation.variants:
+    for variant in variants_of(name, options.only):
         for run in chain(variant.run):
             if code := train(run, budget, folder, options.quiet):
                 return code
@@ -109,6 +110,22 @@ def answer(name: str, columns: Sequence[Column], budget: Budget, folder: Path, o
     print_result(ablation, found)
     print(folder / f"{name}.json", flush=True)
     return 0
+
+
+def variants_of(name: str, only: str | None) -> list[Variant]:
+    """Those of an ablation, or the ones that `only` names.
+
+    Raises: ValueError where it names one that is not there, or fewer than two.
+    """
+    variants = {variant.name: variant for variant in ABLATIONS[name].variants}
+    if only is None:
+        return list(variants.values())
+    names = only.split(",")
+    if wrong := [one for one in names if one not in variants]:
+        raise ValueError(f"--only {only}: {wrong[0]!r} is not one of {', '.join(variants)}")
+    if len(set(names)) < 2:
+        raise ValueError(f"--only {only}: must name two variants or more, to be compared")
+    return [variant for key, variant in variants.items() if key in names]
 
 
 def budget_of(options: AblateOptions) -> Budget:
@@ -230,6 +247,7 @@ def score(
             "changed": overall(rows, "edit", "changed"),
             "stayed": overall(rows, "edit", "stayed"),
             "psnr_db": next((row.value for row in rows if row.group == "edit" and row.unit == "dB"), None),
+            "inside_db": overall(rows, "edit", "inside_db"),
             "perceive": overall(rows, "perceive"),
         },
         "regions": [asdict(region) for region in by_region(verdicts, plan.seed, plan.size_px)],
@@ -292,5 +310,6 @@ def command(name: str, options: AblateOptions) -> str:
     words = ["uniworld", "ablate", name, *options.overrides, "--start", options.start, "--steps", str(options.steps)]
     words += ["--num", str(options.num), "--columns", options.columns, "--draw-steps", str(options.draw_steps)]
     words += ["--seed", str(options.seed)]
+    words += ["--only", options.only] if options.only is not None else []
     words += ["--data", str(options.data)] if options.data is not None else []
     return " ".join(f'"{word}"' if set(word) & set(" []{}*?") else word for word in words)

@@ -16,26 +16,28 @@ FIGURES = {
     "changed": ("changed", "%"),
     "stayed": ("stayed", "%"),
     "psnr_db": ("rest dB", "dB"),
+    "inside_db": ("edited dB", "dB"),
     "perceive": ("perceive", "%"),
 }
 
 
 def print_list() -> None:
-    """Names, questions and variants."""
+    """Names, questions, and variants with what `--only` calls them."""
     table = Table("name", "question", "variants", box=box.SIMPLE_HEAD, pad_edge=False)
     table.columns[0].no_wrap = True
     for name, ablation in ABLATIONS.items():
-        table.add_row(name, ablation.question, "; ".join(variant.title for variant in ablation.variants))
+        variants = "; ".join(f"{variant.title} ({variant.name})" for variant in ablation.variants)
+        table.add_row(name, ablation.question, variants)
     Console(highlight=False).print(table)
 
 
 def print_result(ablation: Ablation, found: Sequence[dict[str, Any]]) -> None:
     """The tables on stdout."""
     console = Console(highlight=False)
-    console.print(f"{ablation.question}\nIn percent, and decibels outside the mask:")
+    console.print(f"{ablation.question}\nIn percent, and decibels outside and inside of the mask:")
     console.print(figures_table(found))
     if ablation.by_region:
-        console.print("Edits that succeed, by the share of the picture that they change:")
+        console.print("Edits that succeed, and decibels inside, by the share of the picture that they change:")
         console.print(regions_table(found))
 
 
@@ -50,8 +52,13 @@ def regions_table(found: Sequence[dict[str, Any]]) -> Table:
     titles = [f"{region['low']:.0%} to {region['high']:.0%} ({region['num']})" for region in found[0]["regions"]]
     table = Table("", *titles, box=box.SIMPLE_HEAD, pad_edge=False)
     for variant in found:
-        table.add_row(variant["title"], *(told(region["success"], "%") for region in variant["regions"]))
+        table.add_row(variant["title"], *map(region_told, variant["regions"]))
     return _right_aligned(table)
+
+
+def region_told(region: dict[str, Any]) -> str:
+    """Success and PSNR of the edits in a region."""
+    return f"{told(region['success'], '%')}, {told(region['inside_db'], 'dB')}"
 
 
 def told(value: float | None, unit: str) -> str:

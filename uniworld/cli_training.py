@@ -217,6 +217,9 @@ def ablate(
     steps: Annotated[int, typer.Option(min=2, metavar="N", help="Optimizer steps of each variant in all.")] = 2000,
     num: Annotated[int, typer.Option(min=1, metavar="N", help="Held-out items a column.")] = 100,
     columns: Annotated[str, typer.Option(metavar="NAME,...", help="As of `eval scenes`.")] = "t2i,edit,perceive",
+    only: Annotated[
+        str | None, typer.Option(metavar="RUN,...", help="Of the variants these; --list.", show_default=False)
+    ] = None,
     draw_steps: Annotated[int, typer.Option(min=1, metavar="N", help="Denoising steps of a picture.")] = 28,
     seed: Annotated[int, typer.Option(min=0, help="Of training and its data; the held-out items stay the same.")] = 0,
     workers: Annotated[
@@ -244,7 +247,7 @@ def ablate(
     from uniworld import cli_ablate
 
     options = cli_ablate.AblateOptions(
-        start=start, data=data, steps=steps, num=num, columns=columns, draw_steps=draw_steps, seed=seed,
+        start=start, data=data, steps=steps, num=num, columns=columns, only=only, draw_steps=draw_steps, seed=seed,
         workers=workers, overrides=tuple(overrides or ()), quiet=quiet,
     )  # fmt: skip
     return cli_ablate.ablate(name, output, options)

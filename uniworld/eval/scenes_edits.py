@@ -52,12 +52,14 @@ WHOLE = ("background", "light", "style")
 @dataclass(frozen=True, kw_only=True)
 class EditVerdict:
     """changed: all that was asked happened. stayed: all else is as before, and all things look as they were read.
-    psnr_db: outside the edited region, None where everything is edited. read: the scene that the picture is most like,
-    of the alternatives. reasons: what is wrong, in words."""
+    psnr_db: outside the edited region, None where everything is edited. inside_db: within it, to the exact picture,
+    which of several right answers is one. read: the scene that the picture is most like, of the alternatives. reasons:
+    what is wrong, in words."""
 
     changed: bool
     stayed: bool
     psnr_db: float | None
+    inside_db: float
     read: Scene
     reasons: tuple[str, ...] = ()
 
@@ -77,8 +79,9 @@ def judge_edit(edit: Edit, picture: np.ndarray, size_px: int = 128) -> EditVerdi
             reasons.append(f"{change.kind}: shows {_told(found, change)}")
         elif not view.clearly(found, undone(edit, change)):
             reasons.append(f"{change.kind}: too near to what was before")
-    changed, before = not reasons, view.drawn(edit.before)
-    rest = ~(edit_mask(before, view.drawn(edit.after)) | edit_mask(before, view.drawn(read)))
+    changed, before, after = not reasons, view.drawn(edit.before), view.drawn(edit.after)
+    edited = edit_mask(before, after)
+    rest = ~(edited | edit_mask(before, view.drawn(read)))
     decibels = None
     if rest.mean() >= SMALLEST_REST and not any(change.kind in (*WHOLE, "extract") for change in edit.changes):
         decibels = psnr(view.picture, before, rest)
@@ -87,7 +90,10 @@ def judge_edit(edit: Edit, picture: np.ndarray, size_px: int = 128) -> EditVerdi
     lost = list(_lost(read, view))
     reasons += [f"the {read.things[i].colour} {read.things[i].shape} is not as it should be" for i in lost]
     stayed = not lost and (decibels is None or decibels >= STAYED_DB)
-    return EditVerdict(changed=changed, stayed=stayed, psnr_db=decibels, read=read, reasons=tuple(reasons))
+    inside = psnr(view.picture, after, edited)
+    return EditVerdict(
+        changed=changed, stayed=stayed, psnr_db=decibels, inside_db=inside, read=read, reasons=tuple(reasons)
+    )
 
 
 def undone(edit: Edit, change: Change) -> Scene:

@@ -18,7 +18,8 @@ EDGES = (0.0, 0.03, 0.06, 0.3, 1.0)
 class Region:
     """Edits whose changed share of the picture is above `low` and at most `high`.
 
-    num: of them. success: share of right ones; changed, stayed: of the two conditions alone. None without any.
+    num: of them. success: share of right ones; changed, stayed: of the two conditions alone. inside_db: mean PSNR of
+    the edited region to the exact picture. None without any.
     """
 
     low: float
@@ -27,6 +28,7 @@ class Region:
     success: float | None
     changed: float | None
     stayed: float | None
+    inside_db: float | None
 
 
 def edited_share(item: Item) -> float:
@@ -47,10 +49,8 @@ def regions(edits: Sequence[Verdict], shares: Sequence[float]) -> list[Region]:
     found = []
     for low, high in zip(EDGES, EDGES[1:]):
         own = [verdict for verdict, share in zip(edits, shares) if low < share <= high]
-        measures = {
-            "success": fmean(verdict.score for verdict in own) if own else None,
-            "changed": fmean(verdict.measures["changed"] for verdict in own) if own else None,
-            "stayed": fmean(verdict.measures["stayed"] for verdict in own) if own else None,
-        }
-        found.append(Region(low=low, high=high, num=len(own), **measures))
+        names = "changed", "stayed", "inside_db"
+        measures = {name: fmean(verdict.measures[name] for verdict in own) if own else None for name in names}
+        success = fmean(verdict.score for verdict in own) if own else None
+        found.append(Region(low=low, high=high, num=len(own), success=success, **measures))
     return found

@@ -53,7 +53,7 @@ def judge_t2i(item: Item, picture: np.ndarray) -> dict:
 def judge_edited(item: Item, picture: np.ndarray) -> dict:
     """The asked change must be there, and the rest must be as it was."""
     verdict = judge_edit(item.facts, picture, len(item.pictures[0]))
-    measures = {"changed": float(verdict.changed), "stayed": float(verdict.stayed)}
+    measures = {"changed": float(verdict.changed), "stayed": float(verdict.stayed), "inside_db": verdict.inside_db}
     if verdict.psnr_db is not None:
         measures["psnr_db"] = verdict.psnr_db
     kind = "+".join(change.kind for change in item.facts.changes)
