@@ -200,7 +200,9 @@ def silence_libraries() -> None:
     """Keep the libraries' own advice off the terminal; UNIWORLD_DEBUG=1 leaves it on."""
     if os.environ.get("UNIWORLD_DEBUG") == "1":
         return
-    for name in ("transformers", "diffusers", "huggingface_hub"):
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")  # it sets its logger's level itself when it is imported
+    # The last three tell of optional kernels that they lack, whenever they are installed.
+    for name in ("transformers", "diffusers", "huggingface_hub", "torchao", "bitsandbytes", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
