@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -30,7 +31,7 @@ from uniworld.models.vae import ImageAutoencoder, to_pixels
 from uniworld.models.vlm import VisionLanguageModel
 from uniworld.train.checkpoints import complete_checkpoints
 from uniworld.train.metrics import read_metrics
-from uniworld.train.parts import base, dense, loop, make_part, semantic_encoder, task_head, vlm
+from uniworld.train.parts import base, dense, loop, make_part, semantic_encoder, task_head, vae, vlm
 from uniworld.train.parts import words as parts_words
 from uniworld.train.parts.config import PartConfig, load_part_config
 from uniworld.train.parts.start import write_start
@@ -201,6 +202,7 @@ def test_the_autoencoder_learns_and_its_latents_have_unit_size(tmp_path):
     trainer, _ = train(config, make_part(config))
     scores, folder = trainer.finish()
     assert fresh < 11.5 and scores["psnr_db"] > fresh + 2.5, (fresh, scores)
+    assert scores["psnr_things_db"] != scores["psnr_db"] and scores["psnr_things_db"] > 8
     vae = ImageAutoencoder.from_config(json.loads((folder / "config.json").read_text()))
     vae.model.load_state_dict(load_file(folder / "diffusion_pytorch_model.safetensors"), strict=True)
     pixels = torch.cat([to_pixels(Image.fromarray(picture_of(seed, "train", 64))) for seed in range(16)])
@@ -210,6 +212,22 @@ def test_the_autoencoder_learns_and_its_latents_have_unit_size(tmp_path):
         module = trainer.part.module
         expected = module.decode(module.encode(pixels).latent_dist.mean).sample
     assert float((vae.decode(latents) - expected).norm() / expected.norm()) < 0.05  # stored in bf16
+
+
+def test_a_pixel_of_a_thing_counts_more(tmp_path):
+    """The loss of a made-up error: there and elsewhere, in the proportion of the weights."""
+    config = PartConfig(part="vae", run_dir=str(tmp_path), num_steps=1, size_px=64, batch_size=2)
+    part = make_part(config)
+    batch = part.make(range(2))
+    assert batch["pictures"].shape == (2, 64, 64, 3) and 0.01 < batch["there"].float().mean() < 0.6
+    pixels, there = vae.as_pixels(batch["pictures"]), batch["there"][:, None].float()
+    losses = []
+    for error in (0.1 * there, 0.1 * (1 - there)):
+        decoded = SimpleNamespace(sample=pixels + error)
+        with mock.patch.object(part.module, "decode", return_value=decoded):
+            losses.append(float(part.loss(batch, torch.Generator())[0].detach()))
+    share = float(there.mean())
+    assert losses[0] / losses[1] == pytest.approx(vae.THING_WEIGHT * share / (1 - share), rel=1e-2)
 
 
 def overfit(part, batch, num_steps, lr):
