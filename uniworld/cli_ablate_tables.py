@@ -15,8 +15,8 @@ FIGURES = {
     "edit": ("edit", "%"),
     "changed": ("changed", "%"),
     "stayed": ("stayed", "%"),
-    "psnr_db": ("rest dB", "dB"),
-    "inside_db": ("edited dB", "dB"),
+    "psnr_db": ("out dB", "dB"),
+    "inside_db": ("in dB", "dB"),
     "perceive": ("perceive", "%"),
 }
 
