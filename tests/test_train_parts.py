@@ -18,6 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
+from uniworld.checkpoint import tiny
 from uniworld.checkpoint.names import VLM, authors_names
 from uniworld.config import CheckpointConfig, EMAConfig, OptimConfig
 from uniworld.data.scenes import edits
@@ -566,7 +567,7 @@ def test_redux_learns_to_draw_what_it_is_shown(words, parts, tmp_path):
 
 
 def test_a_part_says_which_other_it_needs(words, parts, tmp_path):
-    for name, wanted in (("base", "vae/model: holds no image autoencoder"), ("task_head", "vlm/model is not there")):
+    for name, wanted in (("base", "vae/model: holds no image autoencoder"), ("task_head", "vlm/model: holds no VLM")):
         with pytest.raises(FileNotFoundError, match=f"{wanted}; train"):
             make_part(part_config(name, tmp_path, words, tmp_path))
     with pytest.raises(FileNotFoundError, match=r"base/model is not there; train it first .configs/tiny/base.yaml"):
@@ -578,8 +579,18 @@ def test_the_autoencoder_may_start_from_exported_weights(parts, tmp_path):
     part = make_part(PartConfig(part="vae", run_dir=str(tmp_path), num_steps=1, seed=7, start=str(folder)))
     stored = load_file(folder / "diffusion_pytorch_model.safetensors")
     assert all(torch.equal(p, stored[name].float()) and p.requires_grad for name, p in part.module.named_parameters())
-    with pytest.raises(ValueError, match="only part vae starts from exported weights, not vlm"):
-        PartConfig(part="vlm", run_dir=str(tmp_path), num_steps=1, start=str(folder))
+    with pytest.raises(ValueError, match="only parts vae and vlm start from exported weights, not base"):
+        PartConfig(part="base", run_dir=str(tmp_path), num_steps=1, start=str(folder))
+
+
+def test_the_language_part_may_start_from_a_whole_model(words, tmp_path):
+    """Of the packaged model the VLM alone is read."""
+    part = make_part(part_config("vlm", tmp_path, words, tmp_path, f"start={tiny.PACKAGED}"))
+    stored = {}
+    for path in sorted(tiny.PACKAGED.glob("model-*.safetensors")):
+        stored |= load_file(path)
+    named = list(part.vlm.model.named_parameters())
+    assert all(torch.equal(p, stored[authors_names(VLM, name)[0]].float()) and p.requires_grad for name, p in named)
 
 
 def test_a_decoder_alone_leaves_the_latents_as_they_are(parts, tmp_path):
@@ -596,7 +607,7 @@ def test_a_decoder_alone_leaves_the_latents_as_they_are(parts, tmp_path):
     assert not any(name.startswith("decoder.") and name.endswith("weight") and "norm" not in name for name in same)
     scaling = [json.loads((path / "config.json").read_text()) for path in (folder, made)]
     assert scaling[0] == scaling[1]
-    with pytest.raises(ValueError, match="decoder_only=True: needs start"):
+    with pytest.raises(ValueError, match="decoder_only=True: is of part vae with start"):
         PartConfig(part="vae", run_dir=str(tmp_path), num_steps=1, decoder_only=True)
 
 

@@ -14,13 +14,10 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from uniworld.checkpoint.build import read_config
 from uniworld.checkpoint.locate import weight_files
-from uniworld.checkpoint.names import VLM, authors_names
 from uniworld.checkpoint.save import TASK_HEAD_FILE
 from uniworld.checkpoint.tiny import STORED_DTYPE
 from uniworld.checkpoint.tiny_configs import TASK_HEAD_HIDDEN
-from uniworld.checkpoint.weights import Plan, fill, module_targets, read_headers
 from uniworld.data.scenes.make import VERSION
 from uniworld.data.scenes.tasks import Item, make_item
 from uniworld.engine.request import Turn
@@ -28,10 +25,10 @@ from uniworld.models.prompts import PromptProcessor, chat_text, instruction
 from uniworld.models.task_head import DRAW_CLASS, TaskHead
 from uniworld.models.tokenizers import load_tokenizer
 from uniworld.models.vision_processor import VisionProcessor
-from uniworld.models.vlm import VisionLanguageModel
 from uniworld.train.parts.config import PartConfig
 from uniworld.train.parts.latents import LatentCache, file_mark
 from uniworld.train.parts.sizes import HIDDEN, PREPROCESSOR
+from uniworld.train.parts.vlm import load_vlm
 from uniworld.train.parts.words import IDS, open_tokenizers
 
 # Every other conversation talks; the rest draw.
@@ -123,15 +120,3 @@ def asked_at(item: Item, turn: int) -> tuple[str, Sequence[Image.Image]]:
         for i, text in enumerate(said[: 2 * turn])
     ]
     return chat_text(said[2 * turn], 0 if turn else len(pictures), history), pictures
-
-
-def load_vlm(folder: Path) -> VisionLanguageModel:
-    """The trained VLM, fp32 and frozen. Raises: FileNotFoundError where it is not trained yet."""
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"parts: {folder} is not there; train it first (configs/tiny/vlm.yaml)")
-    vlm = VisionLanguageModel.from_config(read_config(folder))
-    targets = module_targets(vlm.model, lambda name: authors_names(VLM, name))
-    plan = Plan(folder, read_headers(weight_files(folder)), targets, torch.device("cpu"), torch.float32)
-    plan.check()
-    fill([plan])
-    return vlm

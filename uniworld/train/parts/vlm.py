@@ -19,9 +19,12 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from uniworld.checkpoint.names import VLM, authors_names
+from uniworld.checkpoint.build import read_config
+from uniworld.checkpoint.locate import weight_files
+from uniworld.checkpoint.names import TOWER_PREFIX, VLM, authors_names
 from uniworld.checkpoint.save import copy_side_files, save_module, write_json
 from uniworld.checkpoint.tiny import STORED_DTYPE
+from uniworld.checkpoint.weights import Plan, fill, module_targets, read_headers
 from uniworld.data.scenes.graph import Scene
 from uniworld.data.scenes.questions import Question, converse
 from uniworld.data.scenes.tasks import Item, make_item
@@ -67,7 +70,10 @@ class VisionLanguage:
         words = open_tokenizers(config.words)
         tokenizer = load_tokenizer(words, "Qwen2Tokenizer")
         self.processor = PromptProcessor(tokenizer, VisionProcessor(PREPROCESSOR))
-        self.vlm = VisionLanguageModel.from_config(qwen_config(read_ids(words, "qwen")))
+        if config.start is None:
+            self.vlm = VisionLanguageModel.from_config(qwen_config(read_ids(words, "qwen")))
+        else:
+            self.vlm = load_vlm(Path(config.start))
         head = DenseHead(self.vlm.hidden_size, POINTS_PER_SIDE)
         self.module: nn.Module = nn.ModuleDict({"vlm": self.vlm.model.requires_grad_(True), "dense": head})
         self.vlm.model.model.visual.register_forward_hook(self._keep_seen)
@@ -172,6 +178,23 @@ class VisionLanguage:
         rows = (batch["labels"][:, 1:] != IGNORED).nonzero()[:, 0]
         wrong = rows[(logits.argmax(-1) != labels).cpu()]
         return [row not in wrong.tolist() for row in range(len(batch["labels"]))]
+
+
+def load_vlm(folder: Path) -> VisionLanguageModel:
+    """The trained VLM, fp32 and frozen, of a folder that holds it alone or with a DiT.
+
+    Raises: FileNotFoundError where it is not there.
+    """
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder}: holds no VLM; train one first (configs/tiny/vlm.yaml)")
+    vlm = VisionLanguageModel.from_config(read_config(folder))
+    targets = module_targets(vlm.model, lambda name: authors_names(VLM, name))
+    headers = read_headers(weight_files(folder))
+    own = {name: header for name, header in headers.items() if not name.startswith(TOWER_PREFIX)}
+    plan = Plan(folder, own, targets, torch.device("cpu"), torch.float32)
+    plan.check()
+    fill([plan])
+    return vlm
 
 
 def answered(item: Item) -> Conversation:
