@@ -280,19 +280,19 @@ def conditions(budget: Budget, options: AblateOptions) -> dict[str, Any]:
     import torch
 
     report = environment.gpu(torch.device("cuda")) if torch.cuda.is_available() else environment.cpu()
-    batch_size = config_of("stage1", budget, "", budget.start).data.batch_size
+    config = config_of("stage1", budget, "", budget.start)
     return {
         "start": budget.start,
         "random_start": is_random(budget.start),
         "data": budget.data,
         "steps": budget.steps,
-        "batch_size": batch_size,
+        "batch_size": config.data.batch_size,
         "seed": budget.seed,
         "overrides": list(budget.overrides),
         "num": options.num,
         "columns": options.columns,
         "draw_steps": options.draw_steps,
-        "dtype": budget.dtype,
+        "dtype": config.sharding.dtype,
         "device": report["name"],
         "kind": report["type"],
         "versions": {"uniworld": __version__, "torch": torch.__version__},

@@ -17,7 +17,7 @@ FIGURES = {
     "stayed": ("stayed", "%"),
     "psnr_db": ("out dB", "dB"),
     "inside_db": ("in dB", "dB"),
-    "perceive": ("perceive", "%"),
+    "perceive": ("maps", "%"),
 }
 
 
