@@ -34,7 +34,7 @@ class ImageAutoencoder(nn.Module):
     def use_channels_last(self) -> None:
         """Keep the weights of convolutions with channels last in memory, so that activations come to lie so too.
 
-        That is how tensor cores read them: cuDNN need not rearrange every operand. On a CPU it is slower.
+        That is how tensor cores read them: cuDNN need not rearrange every operand.
         """
         self.model.to(memory_format=torch.channels_last)
 
