@@ -15,6 +15,7 @@ from torch import Tensor
 
 from uniworld.checkpoint import tiny_configs
 from uniworld.checkpoint.weights import parameters_on_meta
+from uniworld.models.flow import LATENT_SCALE
 from uniworld.models.vae import ImageAutoencoder
 
 pytest.importorskip("diffusers", reason=MISSING)
@@ -26,7 +27,6 @@ BENCH = "decode_dry_run" if DRY_RUN else "decode"
 CONFIG = tiny_configs.VAE | (TINY_SIZE if DRY_RUN else VAE)
 SIZES_PX = (64,) if DRY_RUN else (1024, 512) if DEVICE == "cuda" else (256,)
 LAST, PLAIN = "channels last", "torch's layout"
-PIXELS_A_LATENT = 8
 
 
 def decoder(channels_last: bool) -> ImageAutoencoder:
@@ -42,7 +42,7 @@ def decoder(channels_last: bool) -> ImageAutoencoder:
 @functools.cache
 def measure(size_px: int) -> tuple[dict[str, Samples], float]:
     """Samples of both layouts, and the distance of their pictures."""
-    side = size_px // PIXELS_A_LATENT
+    side = size_px // LATENT_SCALE
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(1, CONFIG["latent_channels"], side, side, generator=generator).to(DEVICE)
     sides = {LAST: decoder(True), PLAIN: decoder(False)}

@@ -18,9 +18,10 @@ from full_steps import has_diffusers
 from peers import MISSING
 from torch import Tensor
 
+from uniworld.models.flow import LATENT_SCALE
+
 BENCH = "overhead"
 NUM_STEPS = 28
-PIXELS_A_LATENT = 8
 SCALE = Scale(
     BENCH,
     {"siglip": {"image_size": 512}},
@@ -41,7 +42,7 @@ def stand_ins(bench: RequestBench) -> Iterator[None]:
     """The DiT returns what it is given, and the decoder a grey picture."""
 
     def decode(latents: Tensor) -> Tensor:
-        return latents.new_zeros(len(latents), 3, *(PIXELS_A_LATENT * side for side in latents.shape[2:]))
+        return latents.new_zeros(len(latents), 3, *(LATENT_SCALE * side for side in latents.shape[2:]))
 
     dit = bench.ours.denoiser.model
     with (
