@@ -69,8 +69,8 @@ def test_a_resolved_config_reads_back_equal(file):
 @pytest.mark.parametrize(
     "tree, message",
     [
-        ({"optim": {"learning_rate": 1}}, "optim.learning_rate: unknown key; known: betas, clip_norm, eps, lr, name, "
-         "schedule, warmup_steps, weight_decay"),
+        ({"optim": {"learning_rate": 1}}, "optim.learning_rate: unknown key; known: betas, clip_norm, eps, lr, "
+         "muon_lr, name, schedule, warmup_steps, weight_decay"),
         ({"optim": {"warmup_step": 1}}, "optim.warmup_step: unknown key; did you mean warmup_steps?"),
         ({"optimizer": {}}, "optimizer: unknown key; did you mean optim?"),
         ({"optim": 3}, "optim: must be a mapping, got 3"),
@@ -90,6 +90,9 @@ def test_a_resolved_config_reads_back_equal(file):
          "sharding.offload_optimizer=True: needs sharding.zero_stage 1 or 2, not 3"),
         ({"sharding": {"offload_optimizer": True}, "optim": {"name": "prodigy"}},
          "sharding.offload_optimizer=True: needs optim.name adamw, not prodigy"),
+        ({"optim": {"name": "muon"}},
+         "optim.name=muon: is of train-part alone; stages have adamw, prodigy or adamw8bit"),
+        ({"optim": {"muon_lr": 0}}, "optim.muon_lr=0.0: must be above 0"),
         ({"data": {"sources": [{"path": "a", "wieght": 1}]}},
          "data.sources[0].wieght: unknown key; did you mean weight?"),
         ({"num_steps": 0}, "num_steps=0: must be at least 1"),

@@ -23,6 +23,7 @@ from uniworld.data.scenes.graph import is_held_out
 from uniworld.data.scenes.make import DataPlan, make_data
 from uniworld.data.scenes.tasks import KIND_WEIGHTS, MIXTURE, make_item
 from uniworld.data.scenes.wording import WORDINGS
+from uniworld.models.prompts import chat_text, training_pieces
 
 NUM = 64
 LOCAL_KINDS = ("add", "remove", "replace", "adjust", "action")  # that leave most of the picture as it is
@@ -113,9 +114,20 @@ def test_held_out_pairs_stay_out_of_training(task):
         assert {s.seed for s in train.scenes}.isdisjoint(s.seed for s in held_out.scenes)
 
 
+@pytest.mark.parametrize("task", ["edit", "perceive", "compose", "understanding"])
+def test_pictures_stand_behind_the_words_as_in_a_request(task):
+    item = make_item(task, 3, size_px=16)
+    num = len(item.pictures) - (task != "understanding")
+    words, pictures = item.conversations[0]["value"].split("<image>", 1)
+    assert num >= 1 and words and pictures == "<image>" * (num - 1)
+    trained = training_pieces([item.conversations[0], {"from": "gpt", "value": "<gen_image>"}])
+    assert chat_text(words, num).startswith(trained[0])
+
+
 def test_understanding_only_talks():
     item = make_item("understanding", 3)
-    assert len(item.pictures) == 1 and item.conversations[0]["value"].startswith("<image>\n")
+    assert len(item.pictures) == 1
+    assert [turn["value"].count("<image>") for turn in item.conversations] == [1] + [0] * (2 * len(item.facts) - 1)
     assert [turn["from"] for turn in item.conversations] == ["human", "gpt"] * len(item.facts)
     assert [t["value"] for t in item.conversations[1::2]] == [question.answer for question in item.facts]
     assert not any("<gen_image>" in turn["value"] for turn in item.conversations)

@@ -102,9 +102,11 @@ def test_a_line_is_found(tmp_path):
     assert torch.equal(saved["weight"], final_state(tmp_path)[0][loop.AVERAGE]["weight"])  # the average, not the last
 
 
-def test_a_run_in_pieces_is_the_run_in_one(tmp_path):
-    train(line_config(tmp_path / "one"))
-    pieces = line_config(tmp_path / "pieces", checkpoint=CheckpointConfig(every_steps=100))
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_run_in_pieces_is_the_run_in_one(tmp_path, optimizer):
+    optim = OptimConfig(name=optimizer, lr=0.1)
+    train(line_config(tmp_path / "one", optim=optim))
+    pieces = line_config(tmp_path / "pieces", optim=optim, checkpoint=CheckpointConfig(every_steps=100))
     codes = [train(pieces, seconds=0)[1] for _ in range(20)]
     assert codes == 19 * [loop.EXIT_STOPPED] + [0]
     assert final_state(tmp_path / "pieces")[1] == 20
@@ -268,13 +270,33 @@ def test_the_vision_tower_looks_first(words, tmp_path):
     changes = [f"run_dir={tmp_path}", f"words={words}", "look_items=4", "num_checked=4", "size_px=64"]
     part = make_part(load_part_config(ROOT / "configs" / "tiny" / "vlm.yaml", changes))
     looked, told = part.make(range(4)), part.make(range(4, 8))
-    assert "input_ids" not in looked and looked["points"].shape == (4, 24, 24, 4)
+    assert "input_ids" not in looked and looked["seen"]["points"].shape == (4, 24, 24, 4)
     logged = overfit(part, looked, num_steps=25, lr=2e-3)
     assert logged[-1][0] < 0.5 * logged[0][0], logged[::5]
     part.loss(looked, torch.Generator())[0].backward()
     learned = [name for name, p in part.module.named_parameters() if p.grad is not None]
     assert learned and all(name.startswith(("vlm.model.visual.", "dense.")) for name in learned)
-    assert told["labels"].max() >= 0 and told["points"].shape[1:] == (24, 24, 4)
+    assert told["labels"].max() >= 0 and told["seen"]["points"].shape[1:] == (24, 24, 4)
+
+
+def test_states_of_pictures_say_what_is_to_be_where(language):
+    """An edit's picture comes behind the words; its labels are those of the scene before and of the scene after."""
+    part, _, batch = language
+    assert vlm.TASKS[1] == "edit"
+    item, row = make_item("edit", 1, "train", size_px=64), 1
+    ids = batch["input_ids"][row]
+    places = (ids == part.processor.tokens.image_pad).nonzero()[:, 0]
+    said = part.processor.tokenizer(item.facts.instruction, add_special_tokens=False).input_ids
+    assert ids[: places[0]].tolist()[-1 - len(said) : -1] == said  # between them <|vision_start|>
+    before, after = (dense.dense_labels([scene], 24) for scene in (item.scenes[0], item.scenes[-1]))
+    for name in ("points", "whole", "surface"):
+        assert torch.equal(batch["seen"][name][row], before[name][0])
+        assert torch.equal(batch["wanted"][name][row], after[name][0])
+    assert not torch.equal(batch["seen"]["points"][row], batch["wanted"]["points"][row])
+    loss, more = part.loss(batch, torch.Generator())
+    part.module.zero_grad()
+    loss.backward()
+    assert part.module["wanted"].points.weight.grad.abs().max() > 0 and 0 <= more["wanted_shape_right"] <= 1
 
 
 @pytest.fixture(scope="module")
@@ -334,7 +356,7 @@ def test_answers_count_as_right_where_decoding_gives_them(language):
     right = part._right(part._batch(items, conversations))
     vlm_model, processor = part.vlm, part.processor
     for i, (item, turns) in enumerate(zip(items, conversations)):
-        prompt = vlm.conversation_text(turns[:1], words_first=i % 2 == 0) + ANSWER_START
+        prompt = vlm.conversation_text(turns[:1]) + ANSWER_START
         states = vlm_model.encode(processor.encode([prompt], [[Image.fromarray(item.pictures[0])]]), use_cache=True)
         ids = vlm_model.stream_text(states, max_new_tokens=60, stop_ids=[processor.tokens.turn_end])
         assert (processor.decode(list(ids)) == turns[1]["value"]) == right[i], (turns, right[i])

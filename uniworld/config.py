@@ -127,9 +127,12 @@ class FlowConfig:
 class OptimConfig:
     """Optimizer and schedule."""
 
-    name: Literal["adamw", "prodigy", "adamw8bit"] = "adamw"
+    name: Literal["adamw", "prodigy", "adamw8bit", "muon"] = "adamw"
+    """muon, of `train-part` alone: Muon for the weights of linear layers, AdamW for all else."""
     lr: float = 1e-3
     """Peak learning rate; 1.0 for Prodigy."""
+    muon_lr: float = 0.02
+    """Of `muon`: peak learning rate of the matrices, whose update has a spectral norm of about 1."""
     betas: tuple[float, float] = (0.9, 0.99)
     eps: float = 1e-8
     weight_decay: float = 0.0
@@ -138,6 +141,10 @@ class OptimConfig:
     warmup_steps: int = 0
     clip_norm: float = 1.0
     """Largest norm of the gradient over all trained parameters; 0 never clips."""
+
+    def __post_init__(self):
+        if self.muon_lr <= 0:
+            raise ValueError(f"optim.muon_lr={self.muon_lr}: must be above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,6 +257,8 @@ class TrainConfig:
                     raise ValueError(f"{name}={value}: must be {allowed}")
         if self.optim.lr <= 0:
             raise ValueError(f"optim.lr={self.optim.lr}: must be above 0")
+        if self.optim.name == "muon":
+            raise ValueError("optim.name=muon: is of train-part alone; stages have adamw, prodigy or adamw8bit")
         for name in ("compile_blocks", "offload_optimizer"):
             if getattr(self.sharding, name) and self.sharding.zero_stage == 3:
                 raise ValueError(f"sharding.{name}=True: needs sharding.zero_stage 1 or 2, not 3")

@@ -1,6 +1,7 @@
 """Optimizers, and the learning rate as a plain function of the step.
 
-Sources: AdamW (Loshchilov and Hutter, 2019); Prodigy (Mishchenko and Defazio, 2024).
+Sources: AdamW (Loshchilov and Hutter, 2019); Prodigy (Mishchenko and Defazio, 2024); Muon (Jordan et al., 2024,
+kellerjordan.github.io/posts/muon).
 """
 
 import math
@@ -26,11 +27,60 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 
 def make_optimizer(config: OptimConfig, parameters: Sequence[nn.Parameter]) -> Optimizer:
-    """The optimizer over one group of parameters.
+    """The optimizer over one group of parameters; for "muon" see `Muon`.
 
     Raises: ValueError naming what to install for "prodigy" and "adamw8bit".
     """
     return OPTIMIZERS[config.name](config, parameters)
+
+
+class Muon:
+    """torch's Muon for matrices, AdamW for all else: gains, biases, embeddings and what they are tied to, convolutions.
+
+    Args:
+        matrices, others: what each of the two updates. The first group is that of the matrices, whose learning rate is
+            `config.muon_lr` where that of the others is `config.lr`.
+    """
+
+    def __init__(self, config: OptimConfig, matrices: Sequence[nn.Parameter], others: Sequence[nn.Parameter]):
+        decay = config.weight_decay * config.lr / config.muon_lr  # a step takes as much off as one of AdamW
+        self.parts = {
+            "muon": torch.optim.Muon(matrices, lr=config.muon_lr, weight_decay=decay),
+            "adamw": torch.optim.AdamW(others, fused=True, **_common(config)),
+        }
+        self.param_groups = [group for part in self.parts.values() for group in part.param_groups]
+
+    def step(self, closure: None = None) -> None:
+        for part in self.parts.values():
+            part.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for part in self.parts.values():
+            part.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict:
+        return {name: part.state_dict() for name, part in self.parts.items()}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        for name, part in self.parts.items():
+            part.load_state_dict(state_dict[name])
+        self.param_groups = [group for part in self.parts.values() for group in part.param_groups]
+
+
+def matrix_names(module: nn.Module) -> set[str]:
+    """The parameters that Muon is for: weights of linear layers, but those over the vocabulary."""
+    embeddings = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
+    linear = {id(m.weight) for m in module.modules() if isinstance(m, nn.Linear)} - embeddings
+    heads = {id(m.lm_head.weight) for m in module.modules() if hasattr(m, "lm_head")}
+    return {name for name, parameter in module.named_parameters() if id(parameter) in linear - heads}
+
+
+def set_learning_rate(optimizer: Optimizer | Muon, lr: float, config: OptimConfig) -> None:
+    """Give all groups the learning rate of a step; the matrices of Muon their own, which follows the same schedule."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    if isinstance(optimizer, Muon):
+        optimizer.param_groups[0]["lr"] = lr * config.muon_lr / config.lr
 
 
 def _adamw(config: OptimConfig, parameters: Sequence[nn.Parameter]) -> Optimizer:

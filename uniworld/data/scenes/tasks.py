@@ -8,7 +8,6 @@ import cv2
 import numpy as np
 
 from uniworld.data.masks import THRESHOLD
-from uniworld.data.samples import conversation_of
 from uniworld.data.scenes import edits, perception_items, prompts
 from uniworld.data.scenes.compositions import make_composition
 from uniworld.data.scenes.edits import Edit, draw_key, make_edit
@@ -17,7 +16,7 @@ from uniworld.data.scenes.questions import converse
 from uniworld.data.scenes.render import render
 from uniworld.data.scenes.sampling import sample_scene
 from uniworld.data.scenes.wording import Wording, wording
-from uniworld.models.prompts import IMAGE_MARK
+from uniworld.models.prompts import DRAWN_MARK, IMAGE_MARK
 
 SIZE_PX = 128
 LANGUAGE_WEIGHTS = {"en": 2, "zh": 1}
@@ -108,8 +107,8 @@ def _understanding(kind: str, rng: np.random.Generator, words: Wording, split: s
         questions = converse(scene, words, split, num_turns)
     turns = []
     for question in questions:
-        mark = "" if turns else f"{IMAGE_MARK}\n"
-        turns += [{"from": "human", "value": mark + question.text}, {"from": "gpt", "value": question.answer}]
+        mark = "" if turns else IMAGE_MARK
+        turns += [{"from": "human", "value": question.text + mark}, {"from": "gpt", "value": question.answer}]
     picture = render(scene, size_px).image
     return {"conversations": turns, "pictures": (picture,), "scenes": (scene,), "facts": questions}
 
@@ -117,7 +116,7 @@ def _understanding(kind: str, rng: np.random.Generator, words: Wording, split: s
 def _t2i(kind: str, rng: np.random.Generator, words: Wording, split: str, language: str, size_px: int) -> dict:
     scene, prompt = prompts.make_prompt(kind, rng, words, split, language)
     return {
-        "conversations": conversation_of(prompt.text, 0),
+        "conversations": _asked(prompt.text, 0),
         "pictures": (render(scene, size_px).image,),
         "scenes": (scene,),
         "facts": prompt,
@@ -146,7 +145,7 @@ def visible_share(before: np.ndarray, after: np.ndarray) -> float:
 def _perceive(kind: str, rng: np.random.Generator, words: Wording, split: str, language: str, size_px: int) -> dict:
     made = perception_items.make_perception(kind, rng, words, split)
     return {
-        "conversations": conversation_of(made.instruction, 1),
+        "conversations": _asked(made.instruction, 1),
         "pictures": made.pictures(size_px),
         "scenes": (made.scene,),
         "facts": made,
@@ -154,10 +153,17 @@ def _perceive(kind: str, rng: np.random.Generator, words: Wording, split: str, l
     }
 
 
+def _asked(prompt: str, num_references: int) -> list[dict[str, str]]:
+    """The words, then the pictures, as a request to the engine has them: so the VLM's states of the pictures, too, know
+    what is asked. (The authors' data has the pictures first.)"""
+    marks = IMAGE_MARK * num_references
+    return [{"from": "human", "value": prompt + marks}, {"from": "gpt", "value": DRAWN_MARK}]
+
+
 def _edit_parts(edit: Edit, size_px: int) -> dict:
     scenes = tuple(scene for scene in (edit.before, edit.second, edit.after) if scene is not None)
     return {
-        "conversations": conversation_of(edit.instruction, len(scenes) - 1),
+        "conversations": _asked(edit.instruction, len(scenes) - 1),
         "pictures": tuple(render(scene, size_px).image for scene in scenes),
         "scenes": scenes,
         "facts": edit,

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 
 from uniworld.checkpoint.save import atomic_folder, write_json
@@ -22,7 +23,7 @@ from uniworld.kernels.ema_update import ema_update
 from uniworld.train import checkpoints
 from uniworld.train.ema import decay_at
 from uniworld.train.metrics import Metrics, memory_gib
-from uniworld.train.optim import learning_rate, make_optimizer
+from uniworld.train.optim import Muon, learning_rate, make_optimizer, matrix_names, set_learning_rate
 from uniworld.train.parts.config import PartConfig
 from uniworld.train.signals import EXIT_STOPPED, StopSignals
 from uniworld.train.writer import Writer
@@ -70,7 +71,7 @@ class PartTrainer:
             self.masters = [nn.Parameter(p.detach().clone()) for p in self.parameters]
             part.module.to(torch.bfloat16)
         self.average = [p.detach().clone() for p in self.masters]
-        self.optimizer = make_optimizer(config.optim, self.masters)
+        self.optimizer = self._make_optimizer()
         self.root = checkpoints.checkpoints_dir(config.run_dir)
         self.step = 0
 
@@ -101,6 +102,15 @@ class PartTrainer:
             metrics.close()
         return 0
 
+    def _make_optimizer(self) -> Optimizer | Muon:
+        if self.config.optim.name != "muon":
+            return make_optimizer(self.config.optim, self.masters)
+        names = matrix_names(self.part.module)
+        by_kind: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+        for name, master in zip(self._names(), self.masters):
+            by_kind[name in names].append(master)
+        return Muon(self.config.optim, by_kind[True], by_kind[False])
+
     @property
     def _done(self) -> bool:
         return self.step >= self.config.num_steps
@@ -130,8 +140,7 @@ class PartTrainer:
         config = self.config
         self.step += 1
         lr = learning_rate(config, self.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        set_learning_rate(self.optimizer, lr, config.optim)
         generator = torch.Generator().manual_seed(config.seed * 2**32 + self.step)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=config.dtype == "autocast"):
             loss, more = self.part.loss(batch, generator)

@@ -2,7 +2,8 @@
 
 First its vision tower alone learns to see (`dense`): a language model that finds nothing in a picture learns to guess.
 Then answers are learned by next-token prediction; questions, instructions and pictures only condition. So that the
-states of an instruction say what is to be drawn, its "answer" here is the caption of the wanted picture.
+states of an instruction say what is to be drawn, its "answer" here is the caption of the wanted picture; and the states
+of the tokens of its picture, which stands behind the words, must say what is to be at each place of the wanted one.
 
 Letters: B conversations, L tokens of the longest, V vocabulary, n tokens of answers.
 """
@@ -38,7 +39,6 @@ from uniworld.models.prompts import (
     PromptProcessor,
     TokenIds,
     VLMInputs,
-    instruction,
 )
 from uniworld.models.tokenizers import load_tokenizer
 from uniworld.models.vision_processor import VisionProcessor
@@ -74,48 +74,54 @@ class VisionLanguage:
             self.vlm = VisionLanguageModel.from_config(qwen_config(read_ids(words, "qwen")))
         else:
             self.vlm = load_vlm(Path(config.start))
-        head = DenseHead(self.vlm.hidden_size, POINTS_PER_SIDE)
-        self.module: nn.Module = nn.ModuleDict({"vlm": self.vlm.model.requires_grad_(True), "dense": head})
+        heads = {name: DenseHead(self.vlm.hidden_size, POINTS_PER_SIDE) for name in ("dense", "wanted")}
+        self.module: nn.Module = nn.ModuleDict({"vlm": self.vlm.model.requires_grad_(True), **heads})
         self.vlm.model.model.visual.register_forward_hook(self._keep_seen)
 
     def make(self, seeds: range) -> dict[str, Any]:
         """Of the first `look_items` items the pictures alone, then conversations.
 
-        The fields of VLMInputs, but those of words; the labels of `dense`; and with words labels [B, L]: a token where
-        it is part of an answer, else IGNORED.
+        The fields of VLMInputs, but those of words; seen: the labels of `dense` for the pictures; and with words
+        wanted, the same for the pictures that are asked for, and labels [B, L]: a token where it is part of an answer,
+        else IGNORED.
         """
         if seeds.start < self.config.look_items:
             items = [make_item(SEEN_TASKS[s % len(SEEN_TASKS)], s, size_px=self.config.size_px) for s in seeds]
             pixels, grids = self.processor.vision([Image.fromarray(item.pictures[-1]) for item in items])
-            return {"pixel_values": pixels, "image_grid_thw": grids, **self._dense([item.scenes[-1] for item in items])}
+            seen = self._dense([item.scenes[-1] for item in items])
+            return {"pixel_values": pixels, "image_grid_thw": grids, "seen": seen}
         items = [make_item(TASKS[s % len(TASKS)], s, size_px=self.config.size_px) for s in seeds]
         return self._batch(items, [answered(item) for item in items])
 
     def loss(self, batch: dict[str, Any], generator: torch.Generator) -> tuple[Tensor, dict[str, float | Tensor]]:
         if "labels" not in batch:
             return self._look(batch)
-        logits, labels, weights = self._predict(batch)
+        states = self._states(batch)
+        logits, labels, weights = self._predict(states, batch)
         right = (logits.detach().argmax(-1) == labels).float().mean()
         answers = (weights * F.cross_entropy(logits.float(), labels, reduction="none")).sum()
         more = {"answers": answers.detach(), "tokens_right": right}
-        if "points" not in batch:
+        if "seen" not in batch:
             return answers, more
-        dense, seen = self._read_seen(batch)
-        return answers + DENSE_WEIGHT * dense, more | seen
+        dense, seen = self._read("dense", self._seen, batch["seen"])
+        of_pictures = batch["input_ids"].to(states.device) == self.processor.tokens.image_pad
+        plan, wanted = self._read("wanted", states[of_pictures], batch["wanted"])
+        more |= seen | {f"wanted_{name}": value for name, value in wanted.items()}
+        return answers + DENSE_WEIGHT * (dense + plan), more
 
     def _look(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, float | Tensor]]:
         device, visual = self.vlm.device, self.vlm.model.model.visual
         visual(batch["pixel_values"].to(device), grid_thw=batch["image_grid_thw"].to(device))
-        return self._read_seen(batch)
+        return self._read("dense", self._seen, batch["seen"])
 
     def _keep_seen(self, visual: nn.Module, inputs: Any, output: Any) -> None:
         """The states of the pictures' tokens [all, D], which transformers 4 returns bare."""
         self._seen = getattr(output, "pooler_output", output)
 
-    def _read_seen(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, float | Tensor]]:
-        labels = {name: batch[name].to(self.vlm.device) for name in ("points", "whole", "surface")}
-        states = self._seen.unflatten(0, (len(labels["whole"]), -1))
-        return self.module["dense"](states, labels)
+    def _read(self, head: str, states: Tensor, labels: dict[str, Tensor]) -> tuple[Tensor, dict[str, float | Tensor]]:
+        """What a head reads from the states of the pictures' tokens [all, D]."""
+        labels = {name: label.to(self.vlm.device) for name, label in labels.items()}
+        return self.module[head](states.unflatten(0, (len(labels["whole"]), -1)), labels)
 
     def _dense(self, scenes: Sequence[Scene]) -> dict[str, Tensor]:
         token_px = PREPROCESSOR["patch_size"] * PREPROCESSOR["merge_size"]
@@ -138,7 +144,8 @@ class VisionLanguage:
         found: dict[str, list[bool]] = {}
         for start in range(0, len(asked), SCORED_AT_ONCE):
             kinds, items, conversations = zip(*asked[start : start + SCORED_AT_ONCE])
-            for kind, right in zip(kinds, self._right(self._batch(items, conversations))):
+            batch = self._batch(items, conversations)
+            for kind, right in zip(kinds, self._right(batch)):
                 found.setdefault(kind, []).append(right)
         by_kind = {f"accuracy_{kind}": float(np.mean(right)) for kind, right in sorted(found.items())}
         return {"accuracy": float(np.mean([r for right in found.values() for r in right])), **by_kind}
@@ -152,29 +159,32 @@ class VisionLanguage:
         write_json(folder / "preprocessor_config.json", PREPROCESSOR)
 
     def _batch(self, items: Sequence[Item], conversations: Sequence[Conversation]) -> dict[str, Any]:
-        """Every other conversation has its pictures after the words, as at inference; the rest as in training data."""
-        prompts = [conversation_text(turns, words_first=i % 2 == 0) for i, turns in enumerate(conversations)]
+        prompts = [conversation_text(turns) for turns in conversations]
         # The wanted picture of an edit or a prompt is not shown.
         shown = [item.pictures[: prompt.count(IMAGE)] for item, prompt in zip(items, prompts)]
         inputs = self.processor.encode(prompts, [[Image.fromarray(p) for p in pictures] for pictures in shown])
         labels = answer_labels(inputs.input_ids, inputs.attention_mask, self.processor.tokens)
-        scenes = [scene for item, some in zip(items, shown) for scene in item.scenes[: len(some)]]
-        dense = self._dense(scenes) if scenes else {}
-        return {f.name: getattr(inputs, f.name) for f in fields(inputs)} | dense | {"labels": labels}
+        of_words = {f.name: getattr(inputs, f.name) for f in fields(inputs)} | {"labels": labels}
+        seen = [scene for item, some in zip(items, shown) for scene in item.scenes[: len(some)]]
+        wanted = [item.scenes[-1] for item, some in zip(items, shown) for _ in some]
+        return of_words | ({"seen": self._dense(seen), "wanted": self._dense(wanted)} if seen else {})
 
-    def _predict(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits [n, V], labels [n] and weights [n] of the answers' tokens."""
+    def _states(self, batch: dict[str, Any]) -> Tensor:
+        """[B, L, D]"""
         inputs = VLMInputs(**{field.name: batch[field.name] for field in fields(VLMInputs)})
+        return self.vlm.states(inputs).hidden_states
+
+    def _predict(self, states: Tensor, batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits [n, V], labels [n] and weights [n] of the answers' tokens."""
         labels = batch["labels"].to(self.vlm.device)
         weights = answer_weights(labels)[:, 1:]
         labels = labels[:, 1:]
         learned = labels != IGNORED
-        states = self.vlm.states(inputs).hidden_states[:, :-1][learned]
-        return self.vlm.model.lm_head(states), labels[learned], weights[learned]
+        return self.vlm.model.lm_head(states[:, :-1][learned]), labels[learned], weights[learned]
 
     def _right(self, batch: dict[str, Any]) -> list[bool]:
         """Of each conversation, whether all its answers' tokens are right."""
-        logits, labels, _ = self._predict(batch)
+        logits, labels, _ = self._predict(self._states(batch), batch)
         rows = (batch["labels"][:, 1:] != IGNORED).nonzero()[:, 0]
         wrong = rows[(logits.argmax(-1) != labels).cpu()]
         return [row not in wrong.tolist() for row in range(len(batch["labels"]))]
@@ -208,18 +218,14 @@ def answered(item: Item) -> Conversation:
 
 
 def turns_of(question: Question, with_picture: bool) -> Conversation:
-    mark = f"{IMAGE_MARK}\n" if with_picture else ""
-    return [{"from": "human", "value": mark + question.text}, {"from": "gpt", "value": question.answer}]
+    mark = IMAGE_MARK if with_picture else ""
+    return [{"from": "human", "value": question.text + mark}, {"from": "gpt", "value": question.answer}]
 
 
-def conversation_text(turns: Conversation, words_first: bool) -> str:
-    """All turns, ended; the pictures before or after the words of their turn."""
-    parts = []
-    for turn in turns:
-        marks, words = IMAGE * turn["value"].count(IMAGE_MARK), instruction(turn["value"])
-        text = words + marks if words_first or not marks else f"{marks}\n{words}"
-        parts.append(f"{TURN_START}{DATA_ROLES[turn['from']]}\n{text}{TURN_END}\n")
-    return "".join(parts)
+def conversation_text(turns: Conversation) -> str:
+    """All turns, ended."""
+    texts = ((DATA_ROLES[turn["from"]], turn["value"].replace(IMAGE_MARK, IMAGE)) for turn in turns)
+    return "".join(f"{TURN_START}{role}\n{text}{TURN_END}\n" for role, text in texts)
 
 
 def answer_labels(input_ids: Tensor, attention_mask: Tensor, tokens: TokenIds) -> Tensor:
