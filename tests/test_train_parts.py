@@ -265,17 +265,19 @@ def test_a_short_answer_counts_nearly_as_much_as_a_caption():
     assert float(weights[1, 2]) == float(weights[1, 5]) and float(weights[0, 4]) == 0
 
 
-def test_the_vision_tower_looks_first(words, tmp_path):
-    """It alone learns from the first items; then conversations come."""
+def test_it_looks_and_points_first(words, tmp_path):
+    """From the first items tower and language model learn, and no answers; then conversations come."""
     changes = [f"run_dir={tmp_path}", f"words={words}", "look_items=4", "num_checked=4", "size_px=64"]
     part = make_part(load_part_config(ROOT / "configs" / "tiny" / "vlm.yaml", changes))
     looked, told = part.make(range(4)), part.make(range(4, 8))
-    assert "input_ids" not in looked and looked["seen"]["points"].shape == (4, 24, 24, 4)
+    assert "labels" not in looked and looked["seen"]["points"].shape == (4, 24, 24, 4)
+    assert looked["asked"].shape == (len(looked["row"]), 24, 24, 3) and set(looked["row"].tolist()) < {0, 1, 2, 3}  # the last is colourless
     logged = overfit(part, looked, num_steps=25, lr=2e-3)
     assert logged[-1][0] < 0.5 * logged[0][0], logged[::5]
     part.loss(looked, torch.Generator())[0].backward()
     learned = [name for name, p in part.module.named_parameters() if p.grad is not None]
-    assert learned and all(name.startswith(("vlm.model.visual.", "dense.")) for name in learned)
+    assert {name.split(".")[0] for name in learned} == {"vlm", "dense", "grounding1", "grounding2"}
+    assert not any(name.startswith(("vlm.model.language_model.layers.3", "vlm.lm_head")) for name in learned)
     assert told["labels"].max() >= 0 and told["seen"]["points"].shape[1:] == (24, 24, 4)
 
 
@@ -376,8 +378,20 @@ def test_the_exported_language_part_has_the_authors_names(language, tmp_path):
     assert float((ours - theirs).norm() / ours.norm()) < 0.05  # bf16
 
 
-def test_the_semantic_encoder_learns_which_caption_is_whose(words, tmp_path):
-    changes = [f"run_dir={tmp_path}", f"words={words}", "num_checked=32"]
+@pytest.fixture(scope="module")
+def parts(words, language, tmp_path_factory):
+    """A folder of parts that the later ones build on: a fresh autoencoder, and the VLM that learned one batch."""
+    folder = tmp_path_factory.mktemp("parts")
+    vae = make_part(PartConfig(part="vae", run_dir=str(folder / "vae"), num_steps=1, num_checked=32))
+    with torch.no_grad():
+        vae.module.encoder.conv_out.bias[16:] = -10  # log variance: latents with hardly any noise, as trained ones
+    vae.export(folder / "vae" / "model")
+    language[0].export(folder / "vlm" / "model")
+    return folder
+
+
+def test_the_semantic_encoder_learns_which_caption_is_whose(words, parts, tmp_path):
+    changes = [f"run_dir={tmp_path}", f"words={words}", f"parts={parts}", "num_checked=32"]
     part = make_part(load_part_config(ROOT / "configs" / "tiny" / "semantic_encoder.yaml", changes))
     batch = part.make(range(8))
     assert batch["levels"].shape == (8, 128, 128, 3) and batch["mask"][:, 0].all()
@@ -386,9 +400,10 @@ def test_the_semantic_encoder_learns_which_caption_is_whose(words, tmp_path):
     assert logged[-1]["psnr_db"] > logged[0]["psnr_db"] + 3
     assert logged[-1]["background_right"] == 1 and logged[-1]["style_right"] == 1, logged[-1]
     assert logged[-1]["place_right"] > 2 * logged[0]["place_right"], logged[-1]
+    assert logged[-1]["latents_error"] < 0.5 * logged[0]["latents_error"], logged[-1]
     scores = part.score()
     assert scores["found"] < 0.5  # of pictures it has not seen: 1 of 32 by chance
-    assert set(scores) == {"found", "psnr_db", "place_right", "surface_error"} | {
+    assert set(scores) == {"found", "psnr_db", "place_right", "surface_error", "latents_error", "things_error"} | {
         f"{name}_right" for name in (*dense.OF_A_THING, *dense.OF_A_SCENE)
     }
     part.export(tmp_path)
@@ -404,11 +419,11 @@ def test_the_semantic_encoder_learns_which_caption_is_whose(words, tmp_path):
     assert float((encoder(encoder.preprocess(pictures)) - states).norm() / states.norm()) < 0.05  # bf16
 
 
-def test_sigmoid_loss_is_siglips():
+def test_sigmoid_loss_is_siglips(parts):
     """Equation 1 of Zhai et al., written out pair by pair."""
     part = object.__new__(semantic_encoder.Contrastive)
     torch.manual_seed(0)
-    part.module = semantic_encoder.TwoTowers(50)
+    part.module, part.vae = semantic_encoder.TwoTowers(50), vae.load_vae(parts / "vae" / "model")
     batch = {
         "levels": torch.randint(256, (3, 128, 128, 3), dtype=torch.uint8),
         "ids": torch.randint(50, (3, 7)),
@@ -425,18 +440,6 @@ def test_sigmoid_loss_is_siglips():
             logit = 10 * float(x[i] @ y[j]) - 10
             expected -= math.log(1 / (1 + math.exp(-logit if i == j else logit))) / 3
     assert float(more["contrastive"]) == pytest.approx(expected, rel=1e-4)
-
-
-@pytest.fixture(scope="module")
-def parts(words, language, tmp_path_factory):
-    """A folder of parts that the later ones build on: a fresh autoencoder, and the VLM that learned one batch."""
-    folder = tmp_path_factory.mktemp("parts")
-    vae = make_part(PartConfig(part="vae", run_dir=str(folder / "vae"), num_steps=1, num_checked=32))
-    with torch.no_grad():
-        vae.module.encoder.conv_out.bias[16:] = -10  # log variance: latents with hardly any noise, as trained ones
-    vae.export(folder / "vae" / "model")
-    language[0].export(folder / "vlm" / "model")
-    return folder
 
 
 def part_config(name, folder, words, parts, *more):
@@ -602,7 +605,7 @@ def test_the_autoencoder_may_start_from_exported_weights(parts, tmp_path):
     part = make_part(PartConfig(part="vae", run_dir=str(tmp_path), num_steps=1, seed=7, start=str(folder)))
     stored = load_file(folder / "diffusion_pytorch_model.safetensors")
     assert all(torch.equal(p, stored[name].float()) and p.requires_grad for name, p in part.module.named_parameters())
-    with pytest.raises(ValueError, match="only parts vae and vlm start from exported weights, not base"):
+    with pytest.raises(ValueError, match="only parts vae, vlm, semantic_encoder start from exported weights, not base"):
         PartConfig(part="base", run_dir=str(tmp_path), num_steps=1, start=str(folder))
 
 

@@ -7,6 +7,8 @@ from typing import Literal
 
 from uniworld.config import CheckpointConfig, EMAConfig, OptimConfig, from_dict, read_yaml
 
+STARTING = ("vae", "vlm", "semantic_encoder")  # from exported weights, if asked to
+
 
 @dataclass(frozen=True, kw_only=True)
 class PartConfig:
@@ -18,7 +20,7 @@ class PartConfig:
     """Checkpoints, metrics and the part's weights go here."""
     num_steps: int
     start: str | None = None
-    """Of parts vae and vlm: folder of exported weights to start from in place of random ones."""
+    """Of parts vae, vlm and semantic_encoder: folder of exported weights to start from in place of random ones."""
     decoder_only: bool = False
     """Of part vae with `start`: the encoder stays, and with it the latents that other parts have learned on."""
     seed: int = 0
@@ -56,8 +58,9 @@ class PartConfig:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
         if self.size_px < 64 or self.size_px % 16:
             raise ValueError(f"size_px={self.size_px}: must be a multiple of 16 from 64 on")
-        if self.start is not None and self.part not in ("vae", "vlm"):
-            raise ValueError(f"start={self.start}: only parts vae and vlm start from exported weights, not {self.part}")
+        if self.start is not None and self.part not in STARTING:
+            allowed = ", ".join(STARTING)
+            raise ValueError(f"start={self.start}: only parts {allowed} start from exported weights, not {self.part}")
         if self.decoder_only and (self.part != "vae" or self.start is None):
             raise ValueError("decoder_only=True: is of part vae with start, whose encoder is kept")
         if self.num_workers is not None and self.num_workers < 0:

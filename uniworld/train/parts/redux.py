@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from uniworld.checkpoint.build import encoder_plan, read_config
+from uniworld.checkpoint.build import read_config
 from uniworld.checkpoint.connector_files import write_connector
 from uniworld.checkpoint.locate import weight_files
 from uniworld.checkpoint.names import diffusers_names
@@ -30,6 +30,7 @@ from uniworld.train.noise import draw_sigma
 from uniworld.train.parts.base import NO_POOLED_RATE, TextToImage, thing_weights
 from uniworld.train.parts.config import PartConfig
 from uniworld.train.parts.sizes import HIDDEN, SIGLIP, SIGLIP_PREPROCESSOR
+from uniworld.train.parts.trained import fill_encoder, trained
 from uniworld.train.parts.vae import DIFFUSERS_STEM
 
 FLOW = FlowConfig(logit_mean=1.5, logit_std=1.5)  # of all levels, most of them high: there the condition decides
@@ -55,14 +56,14 @@ class PictureToImage(TextToImage):
 
     def __init__(self, config: PartConfig):
         super().__init__(config)
-        base, self.siglip_folder = (_trained(config, name) for name in ("base", "semantic_encoder"))
+        base, self.siglip_folder = (trained(config, name) for name in ("base", "semantic_encoder"))
         model = self.module
         _fill_denoiser(base / "transformer", model.denoiser)
-        _fill_encoder(base / "text_encoder", model.clip)
-        _fill_encoder(base / "text_encoder_2", model.t5)
+        fill_encoder(base / "text_encoder", model.clip)
+        fill_encoder(base / "text_encoder_2", model.t5)
         self.module = ReduxModel(model.denoiser, model.t5, model.clip)
         self.encoder = SemanticEncoder.from_config(read_config(self.siglip_folder), SIGLIP_PREPROCESSOR)
-        _fill_encoder(self.siglip_folder, self.encoder.model)
+        fill_encoder(self.siglip_folder, self.encoder.model)
 
     def loss(self, batch: dict[str, Tensor], generator: torch.Generator) -> tuple[Tensor, dict[str, float | Tensor]]:
         latents = self._latents(batch, generator)
@@ -138,21 +139,6 @@ class PictureToImage(TextToImage):
         connector, B = self.module.siglip_projector, len(states)
         states = states.to(self._device, connector[0].weight.dtype)
         return connector(states.flatten(0, 1)).unflatten(0, (B, -1)), self.text.pooled([""]).expand(B, -1)
-
-
-def _trained(config: PartConfig, name: str) -> Path:
-    """The weights of another part. Raises: FileNotFoundError where it is not trained yet."""
-    folder = Path(config.parts) / name / "model"
-    if not folder.is_dir():
-        raise FileNotFoundError(f"parts: {folder} is not there; train it first (configs/tiny/{name}.yaml)")
-    return folder
-
-
-def _fill_encoder(folder: Path, module: nn.Module) -> None:
-    """The weights of a transformers folder, fp32 and frozen."""
-    plan = encoder_plan(folder, module, torch.device("cpu"), torch.float32)
-    plan.check()
-    fill([plan])
 
 
 def _fill_denoiser(folder: Path, denoiser: nn.Module) -> None:

@@ -2,9 +2,9 @@
 
 The loss is SigLIP's (Zhai et al., 2023, equation 1): every pair of picture and caption in the batch is a yes-or-no
 question. SigLIP2 adds losses on single patches, so that its states hold detail; here each patch's state must give back
-its pixels at half resolution, what its points show (`dense`), and which patch it is, through one linear layer each: the
-DiT gives these states no positions, and has to find a patch's pixels again. The text tower and those layers are thrown
-away.
+its pixels at half resolution, the image autoencoder's latents of it, what its points show (`dense`), and which patch it
+is, through one linear layer each: the DiT draws those latents from these states, to which it gives no positions. The
+latents of things count more. The text tower and those layers are thrown away.
 
 Letters: B pictures, T patches of one, L tokens of a caption, D width, E width of the common space, V vocabulary.
 """
@@ -20,20 +20,23 @@ from torch.nn import functional as F
 from uniworld.checkpoint.save import save_module, with_prefix, write_json
 from uniworld.checkpoint.tiny import STORED_DTYPE
 from uniworld.data.scenes.tasks import make_item
+from uniworld.models.flow import pack
 from uniworld.models.known_world import KnownWorld
 from uniworld.models.siglip import SemanticEncoder
 from uniworld.models.tokenizers import load_tokenizer
 from uniworld.train.parts.config import PartConfig
-from uniworld.train.parts.dense import DenseHead, dense_labels
-from uniworld.train.parts.sizes import SIGLIP, SIGLIP_PREPROCESSOR
-from uniworld.train.parts.vae import as_pixels, picture, psnr
+from uniworld.train.parts.dense import NOTHING, DenseHead, dense_labels
+from uniworld.train.parts.sizes import DENOISER, SIGLIP, SIGLIP_PREPROCESSOR
+from uniworld.train.parts.trained import fill_encoder, trained
+from uniworld.train.parts.vae import as_pixels, load_vae, picture, psnr
 from uniworld.train.parts.words import caption, open_tokenizers
 
 TASKS = ("t2i", "edit", "understanding")
 EMBEDDING = 128
 MAX_TOKENS = 96
 TEXT_LAYERS, TEXT_HEADS = 2, 4
-RECONSTRUCTION_WEIGHT, PLACE_WEIGHT = 2.0, 0.5
+RECONSTRUCTION_WEIGHT, LATENTS_WEIGHT, PLACE_WEIGHT = 2.0, 4.0, 0.5
+THING_WEIGHT = 6.0  # of the latents of a patch that is all thing
 POINTS_PER_SIDE = 4  # of a patch
 FIRST_SCALE, FIRST_BIAS = 10.0, -10.0  # SigLIP's: at first nearly every pair is a no
 SCORED_AT_ONCE = 32
@@ -71,6 +74,7 @@ class TwoTowers(nn.Module):
         self.attend = nn.Linear(dim, 1)
         self.project = nn.Linear(dim, EMBEDDING)
         self.pixels = nn.Linear(dim, 3 * (patch // 2) ** 2)
+        self.latents = nn.Linear(dim, DENOISER["in_channels"])
         self.dense = DenseHead(dim, POINTS_PER_SIDE)
         self.place = nn.Linear(dim, (SIGLIP["image_size"] // patch) ** 2)
         self.log_scale = nn.Parameter(torch.tensor(FIRST_SCALE).log())
@@ -88,7 +92,7 @@ class TwoTowers(nn.Module):
 class Contrastive:
     """The part `semantic_encoder`: SigLIP's vision tower in the sizes of `sizes.SIGLIP`."""
 
-    not_for_making = ("module",)
+    not_for_making = ("module", "vae")
 
     def __init__(self, config: PartConfig):
         if config.size_px != SIGLIP["image_size"]:
@@ -97,6 +101,10 @@ class Contrastive:
         self.config = config
         self.tokenizer = load_tokenizer(open_tokenizers(config.words), "Qwen2Tokenizer")
         self.module: nn.Module = TwoTowers(len(self.tokenizer))
+        if config.start is not None:
+            fill_encoder(Path(config.start), self.module.vision)
+            self.module.vision.requires_grad_(True)
+        self.vae = load_vae(trained(config, "vae"))
 
     def make(self, seeds: range) -> dict[str, Any]:
         """levels uint8 [B, H, W, 3]; ids and mask [B, L] of a caption of each picture; the labels of `dense`."""
@@ -115,12 +123,14 @@ class Contrastive:
         dense, right = module.dense(states, batch)
         more = {"contrastive": contrastive.detach(), "psnr_db": psnr(squared.detach()), "found": found, **right}
         place, more["place_right"] = self._read_places(states)
-        return contrastive + RECONSTRUCTION_WEIGHT * squared + dense + PLACE_WEIGHT * place, more
+        latents, errors = self._read_latents(states, pixels, batch["points"])
+        loss = contrastive + RECONSTRUCTION_WEIGHT * squared + LATENTS_WEIGHT * latents + dense + PLACE_WEIGHT * place
+        return loss, more | errors
 
     @torch.no_grad()
     def score(self) -> dict[str, float]:
-        """Of 32 held-out captions, how often a picture's own is the nearest; PSNR of the patches' pixels; and how often
-        what a point shows is read rightly."""
+        """Of 32 held-out captions, how often a picture's own is the nearest; PSNR of the patches' pixels; the errors of
+        the latents; and how often what a point shows is read rightly."""
         found, squares, rights = [], [], []
         for start in range(0, self.config.num_checked, SCORED_AT_ONCE):
             batch = self._batch(range(start, start + SCORED_AT_ONCE), "held-out")
@@ -130,7 +140,8 @@ class Contrastive:
             nearest = self._logits(states, batch).argmax(1).cpu()
             found.append((nearest == torch.arange(SCORED_AT_ONCE)).float().mean())
             squares.append((self.module.pixels(states) - patches(pixels)).square().mean())
-            rights.append(self.module.dense(states, batch)[1] | {"place_right": self._read_places(states)[1]})
+            read = self.module.dense(states, batch)[1] | self._read_latents(states, pixels, batch["points"])[1]
+            rights.append(read | {"place_right": self._read_places(states)[1]})
         read = {name: float(torch.stack([right[name] for right in rights]).mean()) for name in rights[0]}
         return {"found": float(torch.stack(found).mean()), "psnr_db": float(psnr(torch.stack(squares).mean())), **read}
 
@@ -153,6 +164,16 @@ class Contrastive:
             pixels = as_pixels(torch.from_numpy(levels).to(self.module.bias.device))
             found.append(self.module.vision(pixels).last_hidden_state.float().cpu())
         return torch.cat(found)
+
+    def _read_latents(self, states: Tensor, pixels: Tensor, points: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The mean squared error of the latents, weighted by how much of a patch shows things; and its mean over all
+        patches and over those that are mostly thing."""
+        latents = pack(self.vae.to(pixels.device).mean_latents(pixels))
+        errors = (self.module.latents(states).float() - latents).square().mean(-1)
+        share = (self.module.dense.by_token(points)[..., 0] != NOTHING).float().mean(-1)
+        weights = 1 + (THING_WEIGHT - 1) * share
+        found = {"latents_error": errors.detach().mean(), "things_error": errors.detach()[share > 0.5].mean()}
+        return (weights * errors).sum() / weights.sum(), found
 
     def _read_places(self, states: Tensor) -> tuple[Tensor, Tensor]:
         """The cross-entropy of which patch a state is of, and how often that is right."""

@@ -1,15 +1,16 @@
 """The vision-language model of `tiny`: questions about scenes, captions, and what an instruction is to lead to.
 
-First its vision tower alone learns to see (`dense`): a language model that finds nothing in a picture learns to guess.
-Then answers are learned by next-token prediction; questions, instructions and pictures only condition. So that the
-states of an instruction say what is to be drawn, its "answer" here is the caption of the wanted picture; and the states
-of the tokens of its picture, which stands behind the words, must say what is to be at each place of the wanted one.
+First it learns to see (`dense`) and to point at what is described (`grounding`): a language model that finds nothing in
+a picture learns to guess. Then answers are learned by next-token prediction; questions, instructions and pictures only
+condition. So that the states of an instruction say what is to be drawn, its "answer" here is the caption of the wanted
+picture; and the states of the tokens of its picture, which stands behind the words, must say what is to be at each
+place of the wanted one. In the same way the states of a question's picture must say which things it speaks of.
 
 Letters: B conversations, L tokens of the longest, V vocabulary, n tokens of answers.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -42,18 +43,24 @@ from uniworld.models.prompts import (
 )
 from uniworld.models.tokenizers import load_tokenizer
 from uniworld.models.vision_processor import VisionProcessor
-from uniworld.models.vlm import VisionLanguageModel
+from uniworld.models.vlm import VisionLanguageModel, rope_index
 from uniworld.train.parts.config import PartConfig
 from uniworld.train.parts.dense import DenseHead, dense_labels
+from uniworld.train.parts.grounding import GroundingHead, asked_labels, descriptions
 from uniworld.train.parts.sizes import PREPROCESSOR, VLM_PX, qwen_config
 from uniworld.train.parts.words import caption, open_tokenizers, read_ids
 
 # Of five items three are questions; the others are what pictures are drawn from.
 TASKS = ("understanding", "edit", "understanding", "understanding", "t2i")
 SEEN_TASKS = ("understanding", "edit", "t2i")  # whose pictures the vision tower learns to see
-NUM_QUESTIONS = 6  # about a picture: to see it costs as much as several of them
+NUM_QUESTIONS = 3  # about a picture: to see it costs as much as several of them
 POINTS_PER_SIDE = 4  # of a token of a picture
+TOKENS_PER_SIDE = math.isqrt(VLM_PX) // (PREPROCESSOR["patch_size"] * PREPROCESSOR["merge_size"])
+NUM_TOKENS, NUM_POINTS = TOKENS_PER_SIDE**2, TOKENS_PER_SIDE * POINTS_PER_SIDE  # of a picture, and along its side
 DENSE_WEIGHT = 0.2  # once answers are learned
+GROUNDING_WEIGHT, POINTING_WEIGHT = 0.3, 1.0  # beside answers, and before
+NUM_DESCRIPTIONS = 6  # of each picture that is looked at
+GROUNDED_LAYERS = (1, 2)  # of the language model: after them, counted from 0, is read which things are spoken of
 IGNORED = -100
 SCORED_AT_ONCE = 32
 Conversation = list[dict[str, str]]
@@ -74,24 +81,29 @@ class VisionLanguage:
             self.vlm = VisionLanguageModel.from_config(qwen_config(read_ids(words, "qwen")))
         else:
             self.vlm = load_vlm(Path(config.start))
-        heads = {name: DenseHead(self.vlm.hidden_size, POINTS_PER_SIDE) for name in ("dense", "wanted")}
+        heads: dict[str, nn.Module] = {n: DenseHead(self.vlm.hidden_size, POINTS_PER_SIDE) for n in ("dense", "wanted")}
+        self._at_layer: dict[int, Tensor] = {}
+        for index in GROUNDED_LAYERS:
+            heads[f"grounding{index}"] = GroundingHead(self.vlm.hidden_size, POINTS_PER_SIDE)
+            self.vlm.model.model.language_model.layers[index].register_forward_hook(self._keep_layer(index))
         self.module: nn.Module = nn.ModuleDict({"vlm": self.vlm.model.requires_grad_(True), **heads})
         self.vlm.model.model.visual.register_forward_hook(self._keep_seen)
 
     def make(self, seeds: range) -> dict[str, Any]:
-        """Of the first `look_items` items the pictures alone, then conversations.
+        """Of the first `look_items` items pictures and descriptions, then conversations.
 
         The fields of VLMInputs, but those of words; seen: the labels of `dense` for the pictures; and with words
-        wanted, the same for the pictures that are asked for, and labels [B, L]: a token where it is part of an answer,
-        else IGNORED.
+        wanted, the same for the pictures that are asked for; asked, of `asked_labels`; and labels [B, L]: a token where
+        it is part of an answer, else IGNORED.
         """
         if seeds.start < self.config.look_items:
             items = [make_item(SEEN_TASKS[s % len(SEEN_TASKS)], s, size_px=self.config.size_px) for s in seeds]
             pixels, grids = self.processor.vision([Image.fromarray(item.pictures[-1]) for item in items])
-            seen = self._dense([item.scenes[-1] for item in items])
-            return {"pixel_values": pixels, "image_grid_thw": grids, "seen": seen}
+            pictures = {"pixel_values": pixels, "image_grid_thw": grids}
+            return pictures | {"seen": self._dense([item.scenes[-1] for item in items])} | self._pointed(items)
         items = [make_item(TASKS[s % len(TASKS)], s, size_px=self.config.size_px) for s in seeds]
-        return self._batch(items, [answered(item) for item in items])
+        first = [questions_about(item)[0] if item.task == "understanding" else None for item in items]
+        return self._batch(items, [answered(item) for item in items], first)
 
     def loss(self, batch: dict[str, Any], generator: torch.Generator) -> tuple[Tensor, dict[str, float | Tensor]]:
         if "labels" not in batch:
@@ -107,16 +119,64 @@ class VisionLanguage:
         of_pictures = batch["input_ids"].to(states.device) == self.processor.tokens.image_pad
         plan, wanted = self._read("wanted", states[of_pictures], batch["wanted"])
         more |= seen | {f"wanted_{name}": value for name, value in wanted.items()}
-        return answers + DENSE_WEIGHT * (dense + plan), more
+        grounding, found = self._read_asked(of_pictures, batch["asked"].to(states.device))
+        return answers + DENSE_WEIGHT * (dense + plan) + GROUNDING_WEIGHT * grounding, more | found
+
+    def _pointed(self, items: Sequence[Item]) -> dict[str, Tensor]:
+        """input_ids and attention_mask [N, L] of descriptions, each with its picture behind it; row int64 [N], which
+        picture that is; asked, of `asked_labels`."""
+        ids, rows, pairs = [], [], []
+        for row, item in enumerate(items):
+            words = wording(item.language, np.random.default_rng((item.seed, NUM_DESCRIPTIONS)))
+            for described in descriptions(item.scenes[-1], words, NUM_DESCRIPTIONS):
+                turn = self.processor.tokenize(f"{TURN_START}user\n{described.text}{IMAGE}")
+                pad = self.processor.tokens.image_pad
+                ids.append([token for token in turn for _ in range(NUM_TOKENS if token == pad else 1)])
+                rows.append(row)
+                pairs.append((item.scenes[-1], described))
+        if not ids:
+            return {}
+        input_ids, attention_mask = self.processor.pad(ids)
+        asked = asked_labels(pairs, NUM_POINTS)
+        return {"input_ids": input_ids, "attention_mask": attention_mask, "row": torch.tensor(rows), "asked": asked}
 
     def _look(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, float | Tensor]]:
+        """The tower sees each picture once; the language model reads every description of it."""
         device, visual = self.vlm.device, self.vlm.model.model.visual
         visual(batch["pixel_values"].to(device), grid_thw=batch["image_grid_thw"].to(device))
-        return self._read("dense", self._seen, batch["seen"])
+        dense, seen = self._read("dense", self._seen, batch["seen"])
+        if "row" not in batch:
+            return dense, seen
+        language = self.vlm.model.model.language_model
+        ids, mask, row = batch["input_ids"], batch["attention_mask"], batch["row"]
+        of_pictures = ids == self.processor.tokens.image_pad
+        grids = batch["image_grid_thw"][row]
+        positions, _ = rope_index(of_pictures.long(), mask, grids, self.vlm.merge_size)
+        states = self._seen.unflatten(0, (len(batch["image_grid_thw"]), -1))[row.to(device)]
+        embeddings = language.embed_tokens(ids.to(device))
+        embeddings = embeddings.masked_scatter(of_pictures[..., None].to(device), states.to(embeddings.dtype))
+        language(inputs_embeds=embeddings, position_ids=positions.to(device), use_cache=False)
+        grounding, told = self._read_asked(of_pictures.to(device), batch["asked"].to(device))
+        return dense + POINTING_WEIGHT * grounding, seen | told
 
     def _keep_seen(self, visual: nn.Module, inputs: Any, output: Any) -> None:
         """The states of the pictures' tokens [all, D], which transformers 4 returns bare."""
         self._seen = getattr(output, "pooler_output", output)
+
+    def _keep_layer(self, index: int) -> Callable[..., None]:
+        def keep(layer: nn.Module, inputs: Any, output: Any) -> None:
+            self._at_layer[index] = output if isinstance(output, Tensor) else output[0]
+
+        return keep
+
+    def _read_asked(self, of_pictures: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss after all GROUNDED_LAYERS, and what is found after the last."""
+        losses, found = [], {}
+        for index in GROUNDED_LAYERS:
+            states = self._at_layer[index][of_pictures].unflatten(0, (len(labels), -1))
+            loss, found = self.module[f"grounding{index}"](states, labels)
+            losses.append(loss)
+        return torch.stack(losses).sum(), found
 
     def _read(self, head: str, states: Tensor, labels: dict[str, Tensor]) -> tuple[Tensor, dict[str, float | Tensor]]:
         """What a head reads from the states of the pictures' tokens [all, D]."""
@@ -124,8 +184,7 @@ class VisionLanguage:
         return self.module[head](states.unflatten(0, (len(labels["whole"]), -1)), labels)
 
     def _dense(self, scenes: Sequence[Scene]) -> dict[str, Tensor]:
-        token_px = PREPROCESSOR["patch_size"] * PREPROCESSOR["merge_size"]
-        return dense_labels(scenes, POINTS_PER_SIDE * math.isqrt(VLM_PX) // token_px)
+        return dense_labels(scenes, NUM_POINTS)
 
     @torch.no_grad()
     def score(self) -> dict[str, float]:
@@ -144,8 +203,7 @@ class VisionLanguage:
         found: dict[str, list[bool]] = {}
         for start in range(0, len(asked), SCORED_AT_ONCE):
             kinds, items, conversations = zip(*asked[start : start + SCORED_AT_ONCE])
-            batch = self._batch(items, conversations)
-            for kind, right in zip(kinds, self._right(batch)):
+            for kind, right in zip(kinds, self._right(self._batch(items, conversations))):
                 found.setdefault(kind, []).append(right)
         by_kind = {f"accuracy_{kind}": float(np.mean(right)) for kind, right in sorted(found.items())}
         return {"accuracy": float(np.mean([r for right in found.values() for r in right])), **by_kind}
@@ -158,7 +216,13 @@ class VisionLanguage:
         copy_side_files(words, folder)
         write_json(folder / "preprocessor_config.json", PREPROCESSOR)
 
-    def _batch(self, items: Sequence[Item], conversations: Sequence[Conversation]) -> dict[str, Any]:
+    def _batch(
+        self,
+        items: Sequence[Item],
+        conversations: Sequence[Conversation],
+        first: Sequence[Question | None] | None = None,
+    ) -> dict[str, Any]:
+        """first: the question, if any, that stands before the picture of each conversation."""
         prompts = [conversation_text(turns) for turns in conversations]
         # The wanted picture of an edit or a prompt is not shown.
         shown = [item.pictures[: prompt.count(IMAGE)] for item, prompt in zip(items, prompts)]
@@ -166,8 +230,12 @@ class VisionLanguage:
         labels = answer_labels(inputs.input_ids, inputs.attention_mask, self.processor.tokens)
         of_words = {f.name: getattr(inputs, f.name) for f in fields(inputs)} | {"labels": labels}
         seen = [scene for item, some in zip(items, shown) for scene in item.scenes[: len(some)]]
+        if not seen:
+            return of_words
         wanted = [item.scenes[-1] for item, some in zip(items, shown) for _ in some]
-        return of_words | ({"seen": self._dense(seen), "wanted": self._dense(wanted)} if seen else {})
+        asked = [question for question, some in zip(first or [None] * len(items), shown) for _ in some]
+        asked_of = asked_labels(list(zip(seen, asked)), NUM_POINTS)
+        return of_words | {"seen": self._dense(seen), "wanted": self._dense(wanted), "asked": asked_of}
 
     def _states(self, batch: dict[str, Any]) -> Tensor:
         """[B, L, D]"""
@@ -208,13 +276,18 @@ def load_vlm(folder: Path) -> VisionLanguageModel:
 
 
 def answered(item: Item) -> Conversation:
-    """NUM_QUESTIONS or fewer of them about a picture, answered; else the instruction, and in the place of the wanted
-    picture its caption in the language of the instruction."""
+    """Questions about a picture, answered; else the instruction, and in the place of the wanted picture its caption in
+    the language of the instruction."""
     if item.task == "understanding":
-        words = wording(item.language, np.random.default_rng((item.seed, NUM_QUESTIONS)))
-        questions = converse(item.scenes[0], words, item.split, NUM_QUESTIONS) or item.facts
-        return [turn for number, question in enumerate(questions) for turn in turns_of(question, number == 0)]
+        questions = enumerate(questions_about(item))
+        return [turn for number, question in questions for turn in turns_of(question, number == 0)]
     return [*item.conversations[:-1], {"from": "gpt", "value": caption(item)}]
+
+
+def questions_about(item: Item) -> tuple[Question, ...]:
+    """NUM_QUESTIONS or fewer about the picture of an item of task "understanding"."""
+    words = wording(item.language, np.random.default_rng((item.seed, NUM_QUESTIONS)))
+    return converse(item.scenes[0], words, item.split, NUM_QUESTIONS) or item.facts
 
 
 def turns_of(question: Question, with_picture: bool) -> Conversation:
