@@ -266,12 +266,14 @@ def test_a_short_answer_counts_nearly_as_much_as_a_caption():
 
 
 def test_it_looks_and_points_first(words, tmp_path):
-    """From the first items tower and language model learn, and no answers; then conversations come."""
+    """From the first items tower and language model learn, and no answers; then conversations, and some such again."""
     changes = [f"run_dir={tmp_path}", f"words={words}", "look_items=4", "num_checked=4", "size_px=64"]
     part = make_part(load_part_config(ROOT / "configs" / "tiny" / "vlm.yaml", changes))
-    looked, told = part.make(range(4)), part.make(range(4, 8))
+    looked, again, told = (part.make(range(first, first + 4)) for first in (0, 4, 8))
+    assert vlm.LOOKED_AGAIN == 3 and "labels" not in again and "row" in again
     assert "labels" not in looked and looked["seen"]["points"].shape == (4, 24, 24, 4)
-    assert looked["asked"].shape == (len(looked["row"]), 24, 24, 3) and set(looked["row"].tolist()) < {0, 1, 2, 3}  # the last is colourless
+    assert looked["asked"].shape == (len(looked["row"]), 24, 24, 3)
+    assert set(looked["row"].tolist()) < {0, 1, 2, 3}  # one of them shows no colours
     logged = overfit(part, looked, num_steps=25, lr=2e-3)
     assert logged[-1][0] < 0.5 * logged[0][0], logged[::5]
     part.loss(looked, torch.Generator())[0].backward()

@@ -60,6 +60,7 @@ NUM_TOKENS, NUM_POINTS = TOKENS_PER_SIDE**2, TOKENS_PER_SIDE * POINTS_PER_SIDE  
 DENSE_WEIGHT = 0.2  # once answers are learned
 GROUNDING_WEIGHT, POINTING_WEIGHT = 0.3, 1.0  # beside answers, and before
 NUM_DESCRIPTIONS = 6  # of each picture that is looked at
+LOOKED_AGAIN = 3  # one of so many batches of conversations is none: from these alone pointing is forgotten
 GROUNDED_LAYERS = (1, 2)  # of the language model: after them, counted from 0, is read which things are spoken of
 IGNORED = -100
 SCORED_AT_ONCE = 32
@@ -90,13 +91,13 @@ class VisionLanguage:
         self.vlm.model.model.visual.register_forward_hook(self._keep_seen)
 
     def make(self, seeds: range) -> dict[str, Any]:
-        """Of the first `look_items` items pictures and descriptions, then conversations.
+        """Of the first `look_items` items pictures and descriptions, then conversations and now and then such again.
 
         The fields of VLMInputs, but those of words; seen: the labels of `dense` for the pictures; and with words
         wanted, the same for the pictures that are asked for; asked, of `asked_labels`; and labels [B, L]: a token where
         it is part of an answer, else IGNORED.
         """
-        if seeds.start < self.config.look_items:
+        if seeds.start < self.config.look_items or seeds.start // len(seeds) % LOOKED_AGAIN == 1:
             items = [make_item(SEEN_TASKS[s % len(SEEN_TASKS)], s, size_px=self.config.size_px) for s in seeds]
             pixels, grids = self.processor.vision([Image.fromarray(item.pictures[-1]) for item in items])
             pictures = {"pixel_values": pixels, "image_grid_thw": grids}
