@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,11 +14,14 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.mark.slow
 def test_a_semantic_encoder_learns_in_minutes(tmp_path):
-    """250 of 2,000 steps. By chance 3 % of the captions are found and 10 % of the colours are read rightly."""
+    """250 of 2,000 steps, on the latents of the shipped autoencoder. By chance 3 % of the captions are found and 10 %
+    of the colours are read rightly; the variance of the latents of things is 1.6."""
+    shutil.copytree(ROOT / "uniworld/weights/tiny/flux/vae", tmp_path / "vae" / "model")
     settings = (
         "num_steps=250",
         "optim.warmup_steps=50",
         f"run_dir={tmp_path / 'run'}",
+        f"parts={tmp_path}",
         f"words={ROOT / 'weights/tiny/words'}",
     )
     command = [
@@ -37,3 +41,4 @@ def test_a_semantic_encoder_learns_in_minutes(tmp_path):
     assert scores["found"] > 0.5, scores
     assert scores["colour_right"] > 0.65, scores
     assert scores["psnr_db"] > 18, scores
+    assert scores["things_error"] < 0.8, scores
