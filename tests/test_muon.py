@@ -1,5 +1,7 @@
 """Muon: which weights it is for, its update, and runs that go on with it."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -28,12 +30,10 @@ def test_it_is_for_linear_layers_but_those_over_the_vocabulary(tied):
     assert matrix_names(Words(tied)) == {"hidden.0.weight", "hidden.2.weight"}
 
 
-def step(matrix, gradient, steps=1, **settings):
+def step(matrix, gradient, **settings):
     other = nn.Parameter(torch.zeros(3))
-    optimizer = Muon(OptimConfig(name="muon", lr=1e-3, muon_lr=0.02, **settings), [matrix], [other])
-    for _ in range(steps):
-        matrix.grad, other.grad = gradient.clone(), torch.ones(3)
-        optimizer.step()
+    matrix.grad, other.grad = gradient.clone(), torch.ones(3)
+    Muon(replace(CONFIG, **settings), [matrix], [other]).step()
     return other
 
 

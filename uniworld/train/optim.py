@@ -48,9 +48,12 @@ class Muon:
             "muon": torch.optim.Muon(matrices, lr=config.muon_lr, weight_decay=decay),
             "adamw": torch.optim.AdamW(others, fused=True, **_common(config)),
         }
-        self.param_groups = [group for part in self.parts.values() for group in part.param_groups]
 
-    def step(self, closure: None = None) -> None:
+    @property
+    def param_groups(self) -> list[dict]:
+        return [group for part in self.parts.values() for group in part.param_groups]
+
+    def step(self) -> None:
         for part in self.parts.values():
             part.step()
 
@@ -64,7 +67,6 @@ class Muon:
     def load_state_dict(self, state_dict: dict) -> None:
         for name, part in self.parts.items():
             part.load_state_dict(state_dict[name])
-        self.param_groups = [group for part in self.parts.values() for group in part.param_groups]
 
 
 def matrix_names(module: nn.Module) -> set[str]:

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
@@ -27,6 +28,7 @@ from uniworld.data.scenes.graph import Scene
 from uniworld.data.scenes.sampling import NoRoomError, sample_scene, sample_things
 from uniworld.data.scenes.wording import Wording, wording
 
+Key = TypeVar("Key")
 STEPS: dict[str, Callable[[Scene, Wording, str, frozenset[int]], Step | None]] = {
     "add": add_step,
     "remove": remove_step,
@@ -112,7 +114,7 @@ def edit_mask(before: np.ndarray, after: np.ndarray) -> np.ndarray:
     return (before != after).any(axis=-1)
 
 
-def draw_key(weights: dict[str, float], rng: np.random.Generator) -> str:
+def draw_key(weights: dict[Key, float], rng: np.random.Generator) -> Key:
     """A key, drawn by its weight."""
     ends = np.cumsum(list(weights.values()))
     return list(weights)[int(np.searchsorted(ends, rng.random() * ends[-1], side="right"))]

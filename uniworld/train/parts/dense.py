@@ -10,6 +10,7 @@ Letters: B pictures, T tokens, one for every p x p points, D width of a state, P
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -38,7 +39,7 @@ def dense_labels(scenes: Sequence[Scene], num_points: int) -> dict[str, Tensor]:
     """
     points, surface = [], []
     for scene in scenes:
-        ids, depth, normal, _ = geometry(solids.tables(scene), num_points)
+        ids, depth, normal, _ = geometry_at(scene, num_points)
         points.append(_of_things(scene)[ids])
         surface.append(np.concatenate([normal, (depth[..., None] - MIDDLE_DEPTH) / DEPTH_SPREAD], -1))
     whole = [[names.index(getattr(scene, field)) for field, names in OF_A_SCENE.items()] for scene in scenes]
@@ -47,6 +48,12 @@ def dense_labels(scenes: Sequence[Scene], num_points: int) -> dict[str, Tensor]:
         "whole": torch.tensor(whole, dtype=torch.uint8),
         "surface": torch.from_numpy(np.stack(surface).astype(np.float32)),
     }
+
+
+@lru_cache(maxsize=64)
+def geometry_at(scene: Scene, num_points: int) -> tuple[np.ndarray, ...]:
+    """`render.geometry`, num_points along a side: in a batch a scene is seen, described and asked about many times."""
+    return geometry(solids.tables(scene), num_points)
 
 
 def _balanced(errors: Tensor, there: Tensor) -> Tensor:
@@ -129,7 +136,12 @@ class DenseHead(nn.Module):
         return loss, right
 
     def by_token(self, points: Tensor) -> Tensor:
-        """[B, P, P, 4] -> [B, T, p^2, 4]."""
-        B, P, _, fields = points.shape
-        cells = points.view(B, P // self.p, self.p, P // self.p, self.p, fields).transpose(2, 3)
-        return cells.reshape(B, -1, self.p**2, fields)
+        """[B, P, P, n] -> [B, T, p^2, n]."""
+        return by_token(points, self.p)
+
+
+def by_token(points: Tensor, p: int) -> Tensor:
+    """The p x p points of every token: [B, P, P, n] -> [B, T, p^2, n]."""
+    B, P, _, n = points.shape
+    cells = points.view(B, P // p, p, P // p, p, n).transpose(2, 3)
+    return cells.reshape(B, -1, p**2, n)

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from uniworld.data.scenes import solids
 from uniworld.data.scenes.descriptions import EXTREMES, WAYS, attributes_of
+from uniworld.data.scenes.edits import draw_key
 from uniworld.data.scenes.graph import Scene
 from uniworld.data.scenes.questions import COLOURLESS_STYLES, Question
-from uniworld.data.scenes.render import geometry
 from uniworld.data.scenes.wording import Wording
+from uniworld.train.parts.dense import by_token, geometry_at
 
 ROLES = ("first", "second", "asked")
 OTHER, PLAYS, EMPTY, NO_QUESTION = range(4)  # labels; the last of a picture that no question stands before
@@ -40,7 +40,7 @@ def asked_labels(pairs: Sequence[tuple[Scene, Question | None]], num_points: int
         if question is None:
             labels.append(np.full((num_points, num_points, len(ROLES)), NO_QUESTION, np.uint8))
             continue
-        ids = geometry(solids.tables(scene), num_points)[0]
+        ids = geometry_at(scene, num_points)[0]
         plays = np.full((1 + len(scene.things), len(ROLES)), OTHER, np.uint8)
         plays[0] = EMPTY
         for column, things in enumerate(things_of(question, scene)):
@@ -53,8 +53,7 @@ def descriptions(scene: Scene, words: Wording, number: int) -> list[Question]:
     """Words for one or several things of the scene; none where colours do not show, for most words name one."""
     found = []
     for _ in range(0 if scene.style in COLOURLESS_STYLES else number):
-        way = words.rng.choice(len(WAYS), p=np.array(list(WAYS.values())) / sum(WAYS.values()))
-        meant = attributes_of(words.pick(scene.things), tuple(WAYS)[way])
+        meant = attributes_of(words.pick(scene.things), draw_key(WAYS, words.rng))
         if words.chance(EXTREME_RATE):
             meant = dataclasses.replace(meant, extreme=words.pick(tuple(EXTREMES)))
         found.append(Question(kind=POINT, text=words.the(meant), answer="", about=(meant,)))
@@ -87,10 +86,8 @@ class GroundingHead(nn.Module):
         """The loss: the cross-entropies, summed over the roles, of points of things that play one, of other things and
         of none, by WEIGHTS. And what to log: of the points of things how many are told rightly, the mean over those
         that play a role and those that do not."""
-        B, P, _, roles = labels.shape
-        cells = labels.view(B, P // self.p, self.p, P // self.p, self.p, roles).transpose(2, 3)
-        wanted = cells.reshape(B, -1, self.p**2, roles)
-        logits = self.roles(self.norm(states)).unflatten(-1, (self.p**2, roles)).float()
+        wanted = by_token(labels, self.p)
+        logits = self.roles(self.norm(states)).unflatten(-1, (self.p**2, len(ROLES))).float()
         errors = F.binary_cross_entropy_with_logits(logits, (wanted == PLAYS).float(), reduction="none")
         loss, told = states.new_zeros((), dtype=torch.float32), {}
         for name, error, label, logit in zip(ROLES, errors.unbind(-1), wanted.unbind(-1), logits.detach().unbind(-1)):
