@@ -63,6 +63,46 @@ def test_a_layer_that_knows_reads_everything_rightly():
     assert min(map(float, right.values())) == 1, right
 
 
+def test_what_an_edit_changes_counts_as_much_as_all_together():
+    """A head of zeros is wrong by log n at every point: changed points add as much again, whatever their number."""
+    scenes = [make_item("edit", seed, size_px=64).scenes for seed in range(6)]
+    before, labels = (dense.dense_labels([pair[n] for pair in scenes], 16) for n in (0, -1))
+    changed = dense.changed_points(before["points"], labels["points"])
+    for pair, mask in zip(scenes, changed):
+        assert mask.numpy().sum() == (_names(pair[0]) != _names(pair[-1])).any(-1).sum()
+    assert 0 < changed.sum() < changed.numel() / 2
+    head = dense.DenseHead(8, 4, reads_surface=False)
+    for parameter in (head.points.weight, head.points.bias):
+        nn.init.zeros_(parameter)
+    states = torch.randn(6, 16, 8)
+    plain, _ = head(states, labels)
+    more, right = head(states, labels | {"changed": changed})
+    assert float((more - plain).detach()) == pytest.approx(sum(math.log(n) for n in dense.POINT_CLASSES), rel=1e-5)
+    none = (labels["points"][..., 0][changed] == 0).float().mean()  # zeros read "nothing"
+    assert float(right["shape_changed_right"]) == pytest.approx(float(none))
+    same, right = head(states, labels | {"changed": torch.zeros_like(changed)})
+    assert torch.equal(same, plain) and "shape_changed_right" not in right
+
+
+def _names(scene):
+    """[16, 16, 4] names of OF_A_THING at 16 x 16 points, from the renderer's own ids."""
+    rows = [["-"] * 4, *([getattr(thing, name) for name in dense.OF_A_THING] for thing in scene.things)]
+    return np.array(rows)[render(scene, 16).ids]
+
+
+def test_a_place_is_read_from_what_tells_it():
+    head = dense.PlaceHead(9, 9)
+    for parameter in head.place.parameters():
+        nn.init.zeros_(parameter)
+    loss, _ = head(torch.randn(2, 9, 9))
+    assert loss.item() == pytest.approx(math.log(9), rel=1e-5)
+    head.place.weight.data.copy_(20 * torch.eye(9))
+    states = torch.eye(9).repeat(2, 1, 1)
+    loss, right = head(states)
+    assert loss.item() < 1e-3 and right == 1
+    assert head(states.roll(1, 1))[1] == 0
+
+
 def test_what_a_text_speaks_of_is_counted():
     scenes = [make_item("understanding", seed, size_px=64).scenes[0] for seed in range(12)]
     for scene, row in zip(scenes, dense.said_labels(scenes)):

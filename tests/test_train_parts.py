@@ -145,6 +145,16 @@ def test_workers_change_nothing(tmp_path):
     assert batch.keys() == here.keys() and all(torch.equal(tensor, here[name]) for name, tensor in batch.items())
 
 
+def test_a_run_may_begin_behind_the_items_of_another(tmp_path):
+    config = line_config(tmp_path, num_steps=2, batch_size=4, first_item=40)
+    made = []
+    with mock.patch.object(Line, "make", lambda self, seeds: made.append(seeds)):
+        list(loop.PartTrainer(config, Line(), quiet=True)._batches())
+    assert made == [range(40, 44), range(44, 48)]
+    with pytest.raises(ValueError, match="first_item=-1: must be at least 0"):
+        line_config(tmp_path, first_item=-1)
+
+
 def test_weights_in_bf16_have_masters_that_are_not_rounded(tmp_path):
     """A step too small for bf16 counts; what is saved, averaged and exported is what is optimized."""
     config = line_config(tmp_path / "bf16", dtype="bf16", num_steps=9, optim=OptimConfig(lr=1e-4))
@@ -266,11 +276,11 @@ def test_a_short_answer_counts_nearly_as_much_as_a_caption():
 
 
 def test_it_looks_and_points_first(words, tmp_path):
-    """From the first items tower and language model learn, and no answers; then conversations, and some such again."""
+    """From the first items tower and language model learn, and no answers; then conversations too."""
     changes = [f"run_dir={tmp_path}", f"words={words}", "look_items=4", "num_checked=4", "size_px=64"]
     part = make_part(load_part_config(ROOT / "configs" / "tiny" / "vlm.yaml", changes))
-    looked, again, told = (part.make(range(first, first + 4)) for first in (0, 4, 8))
-    assert vlm.LOOKED_AGAIN == 3 and "labels" not in again and "row" in again
+    looked, again, planned, told = (part.make(range(first, first + 4)) for first in (0, 4, 8, 12))
+    assert vlm.LATER_TURNS == ("converse", "look", "plan") and "labels" not in again and "row" in again
     assert "labels" not in looked and looked["seen"]["points"].shape == (4, 24, 24, 4)
     assert looked["asked"].shape == (len(looked["row"]), 24, 24, 3)
     assert set(looked["row"].tolist()) < {0, 1, 2, 3}  # one of them shows no colours
@@ -278,9 +288,26 @@ def test_it_looks_and_points_first(words, tmp_path):
     assert logged[-1][0] < 0.5 * logged[0][0], logged[::5]
     part.loss(looked, torch.Generator())[0].backward()
     learned = [name for name, p in part.module.named_parameters() if p.grad is not None]
-    assert {name.split(".")[0] for name in learned} == {"vlm", "dense", "grounding1", "grounding2"}
+    assert {name.split(".")[0] for name in learned} == {"vlm", "dense", "grounding1", "grounding2", "place"}
     assert not any(name.startswith(("vlm.model.language_model.layers.3", "vlm.lm_head")) for name in learned)
     assert told["labels"].max() >= 0 and told["seen"]["points"].shape[1:] == (24, 24, 4)
+    assert planned["labels"].max() == vlm.IGNORED and planned["wanted"]["changed"].any((1, 2)).sum() >= 2
+
+
+def test_edits_are_planned_without_a_word_about_their_outcome(words, tmp_path):
+    part = make_part(part_config("vlm", tmp_path, words, tmp_path, "look_items=8"))
+    looked, planned = part.make(range(4)), part.make(range(4, 8))
+    assert "labels" not in looked and (planned["labels"] == vlm.IGNORED).all()
+    items = [make_item("edit", seed, "train", size_px=64) for seed in range(4, 8)]
+    for ids, item in zip(planned["input_ids"].tolist(), items):
+        said = part.processor.tokenizer(item.facts.instruction, add_special_tokens=False).input_ids
+        assert any(ids[n : n + len(said)] == said for n in range(len(ids)))
+    logged = overfit(part, planned, num_steps=40, lr=3e-3)
+    assert logged[-1][0] < 0.6 * logged[0][0], logged[::8]
+    assert "answers" not in logged[0][1]
+    part.module.zero_grad()
+    part.loss(planned, torch.Generator())[0].backward()
+    assert part.vlm.model.lm_head.weight.grad is None or not part.vlm.model.lm_head.weight.grad.any()
 
 
 def test_states_of_pictures_say_what_is_to_be_where(language):

@@ -110,7 +110,7 @@ class TextToImage:
             self._cache = self._open_cache()
         moments, numbers = self._cache[[seed % self.config.num_items for seed in seeds]]
         batch = self._as_batch(torch.from_numpy(moments), torch.from_numpy(numbers))
-        return batch | {"guided": torch.tensor(seeds.start >= self.config.plain_items)}
+        return batch | {"guided": torch.tensor(seeds.start - self.config.first_item >= self.config.plain_items)}
 
     def loss(self, batch: dict[str, Tensor], generator: torch.Generator) -> tuple[Tensor, dict[str, float | Tensor]]:
         B, device = len(batch["mean"]), self._device

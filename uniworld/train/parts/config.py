@@ -24,6 +24,8 @@ class PartConfig:
     decoder_only: bool = False
     """Of part vae with `start`: the encoder stays, and with it the latents that other parts have learned on."""
     seed: int = 0
+    first_item: int = 0
+    """Items are drawn from this number on: a run that goes on from another's weights by `start` begins behind its."""
     batch_size: int = 16
     """Items a step; an item of the scenes' world may hold several pictures."""
     size_px: int = 128
@@ -56,6 +58,8 @@ class PartConfig:
         for name in ("num_steps", "batch_size", "num_items", "num_checked", "log_every_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        if self.first_item < 0:
+            raise ValueError(f"first_item={self.first_item}: must be at least 0")
         if self.size_px < 64 or self.size_px % 16:
             raise ValueError(f"size_px={self.size_px}: must be a multiple of 16 from 64 on")
         if self.start is not None and self.part not in STARTING:

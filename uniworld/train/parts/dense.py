@@ -50,6 +50,11 @@ def dense_labels(scenes: Sequence[Scene], num_points: int) -> dict[str, Tensor]:
     }
 
 
+def changed_points(before: Tensor, after: Tensor) -> Tensor:
+    """bool [B, P, P]: where what a point shows, `points` of `dense_labels`, is another thing after an edit."""
+    return (before != after).any(-1)
+
+
 @lru_cache(maxsize=64)
 def geometry_at(scene: Scene, num_points: int) -> tuple[np.ndarray, ...]:
     """`render.geometry`, num_points along a side: in a batch a scene is seen, described and asked about many times."""
@@ -113,17 +118,23 @@ class DenseHead(nn.Module):
         self.surface = nn.Linear(dim, self.p**2 * 4) if reads_surface else None
 
     def forward(self, states: Tensor, labels: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss, a sum over what is read: cross-entropy, and the surface's squared error. And what to log: how often
-        the thing at a point, where one is, is read rightly."""
+        """The loss, a sum over what is read: cross-entropy, and the surface's squared error; points that are
+        `changed`, a label of `changed_points`, count once more, as much as all together. And what to log: how often the
+        thing at a point, where one is, is read rightly."""
         states = self.norm(states)
+        changed = self.by_token(labels["changed"][..., None])[..., 0] if "changed" in labels else None
         points = self.by_token(labels["points"]).long()
         found = self.points(states).unflatten(-1, (self.p**2, -1)).float().split(POINT_CLASSES, dim=-1)
         there = points[..., 0] != NOTHING
         loss, right = states.new_zeros((), dtype=torch.float32), {}
         for name, logits, label in zip(OF_A_THING, found, points.unbind(-1)):
-            errors = F.cross_entropy(logits.flatten(0, -2), label.flatten(), reduction="none")
-            loss = loss + _balanced(errors.view_as(label), there)
-            right[f"{name}_right"] = (logits.detach().argmax(-1) == label)[there].float().mean()
+            errors = F.cross_entropy(logits.flatten(0, -2), label.flatten(), reduction="none").view_as(label)
+            loss = loss + _balanced(errors, there)
+            correct = (logits.detach().argmax(-1) == label).float()
+            right[f"{name}_right"] = correct[there].mean()
+            if changed is not None and changed.any():
+                loss = loss + errors[changed].mean()
+                right[f"{name}_changed_right"] = correct[changed].mean()
         if self.surface is not None:
             found_surface = self.surface(states).unflatten(-1, (self.p**2, -1)).float()
             squared = (found_surface - self.by_token(labels["surface"])).square().sum(-1)
@@ -138,6 +149,22 @@ class DenseHead(nn.Module):
     def by_token(self, points: Tensor) -> Tensor:
         """[B, P, P, n] -> [B, T, p^2, n]."""
         return by_token(points, self.p)
+
+
+class PlaceHead(nn.Module):
+    """Reads which of T tokens of a picture a state [B, T, D] is of, so that states hold their place and not only what
+    is there: what is left of what, and where a token's pixels are drawn, hang on it."""
+
+    def __init__(self, dim: int, num_tokens: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.place = nn.Linear(dim, num_tokens)
+
+    def forward(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """The cross-entropy, and how often the place is read rightly."""
+        logits = self.place(self.norm(states)).float().flatten(0, 1)
+        places = torch.arange(states.shape[1], device=states.device).repeat(len(states))
+        return F.cross_entropy(logits, places), (logits.detach().argmax(-1) == places).float().mean()
 
 
 def by_token(points: Tensor, p: int) -> Tensor:

@@ -23,11 +23,12 @@ from uniworld.data.scenes.edits import draw_key
 from uniworld.data.scenes.graph import Scene
 from uniworld.data.scenes.questions import COLOURLESS_STYLES, Question
 from uniworld.data.scenes.wording import Wording
-from uniworld.train.parts.dense import by_token, geometry_at
+from uniworld.train.parts.dense import OF_A_THING, by_token, geometry_at
 
 ROLES = ("first", "second", "asked")
 OTHER, PLAYS, EMPTY, NO_QUESTION = range(4)  # labels; the last of a picture that no question stands before
 POINT = "point"  # the kind of a description without a question
+ABSENT_RATE = 0.25  # of descriptions, how many name something else in one of their words, which is seldom there
 EXTREME_RATE = 0.15  # of descriptions, how many are of the leftmost of its kind and the like
 WEIGHTS = {PLAYS: 0.5, OTHER: 0.5, EMPTY: 0.1}  # else every thing is taken for the one that is meant: most is empty
 
@@ -50,10 +51,15 @@ def asked_labels(pairs: Sequence[tuple[Scene, Question | None]], num_points: int
 
 
 def descriptions(scene: Scene, words: Wording, number: int) -> list[Question]:
-    """Words for one or several things of the scene; none where colours do not show, for most words name one."""
+    """Words for one or several things of the scene, or for what is not there; no words where colours do not show, for
+    most name one."""
     found = []
     for _ in range(0 if scene.style in COLOURLESS_STYLES else number):
-        meant = attributes_of(words.pick(scene.things), draw_key(WAYS, words.rng))
+        named = draw_key(WAYS, words.rng)
+        meant = attributes_of(words.pick(scene.things), named)
+        if words.chance(ABSENT_RATE):
+            name = words.pick(named)
+            meant = dataclasses.replace(meant, **{name: words.pick(OF_A_THING[name])})
         if words.chance(EXTREME_RATE):
             meant = dataclasses.replace(meant, extreme=words.pick(tuple(EXTREMES)))
         found.append(Question(kind=POINT, text=words.the(meant), answer="", about=(meant,)))

@@ -130,7 +130,7 @@ class PartTrainer:
 
     def _batches(self) -> Iterator[Any]:
         config = self.config
-        dataset = _Steps(self.part, config.batch_size, config.num_steps)
+        dataset = _Steps(self.part, config)
         num = most_workers() if config.num_workers is None else config.num_workers
         workers = {"num_workers": num, "multiprocessing_context": "spawn"} if num else {}
         sampler = range(self.step, config.num_steps)
@@ -246,16 +246,17 @@ class PartTrainer:
 class _Steps(Dataset):
     """The batch of each step."""
 
-    def __init__(self, part: Part, batch_size: int, num_steps: int):
-        self.maker, self.batch_size, self.num_steps = copy.copy(part), batch_size, num_steps
+    def __init__(self, part: Part, config: PartConfig):
+        self.maker, self.config = copy.copy(part), config
         for name in part.not_for_making:
             setattr(self.maker, name, None)
 
     def __len__(self) -> int:
-        return self.num_steps
+        return self.config.num_steps
 
     def __getitem__(self, step: int) -> Any:
-        return self.maker.make(range(step * self.batch_size, (step + 1) * self.batch_size))
+        start = self.config.first_item + step * self.config.batch_size
+        return self.maker.make(range(start, start + self.config.batch_size))
 
 
 def most_workers() -> int:

@@ -25,7 +25,7 @@ from uniworld.models.known_world import KnownWorld
 from uniworld.models.siglip import SemanticEncoder
 from uniworld.models.tokenizers import load_tokenizer
 from uniworld.train.parts.config import PartConfig
-from uniworld.train.parts.dense import NOTHING, DenseHead, dense_labels
+from uniworld.train.parts.dense import NOTHING, DenseHead, PlaceHead, dense_labels
 from uniworld.train.parts.sizes import DENOISER, SIGLIP, SIGLIP_PREPROCESSOR
 from uniworld.train.parts.trained import fill_encoder, trained
 from uniworld.train.parts.vae import as_pixels, load_vae, picture, psnr
@@ -76,7 +76,7 @@ class TwoTowers(nn.Module):
         self.pixels = nn.Linear(dim, 3 * (patch // 2) ** 2)
         self.latents = nn.Linear(dim, DENOISER["in_channels"])
         self.dense = DenseHead(dim, POINTS_PER_SIDE)
-        self.place = nn.Linear(dim, (SIGLIP["image_size"] // patch) ** 2)
+        self.place = PlaceHead(dim, (SIGLIP["image_size"] // patch) ** 2)
         self.log_scale = nn.Parameter(torch.tensor(FIRST_SCALE).log())
         self.bias = nn.Parameter(torch.tensor(FIRST_BIAS))
 
@@ -122,7 +122,7 @@ class Contrastive:
         found = (logits.argmax(1) == torch.arange(len(logits), device=logits.device)).float().mean()
         dense, right = module.dense(states, batch)
         more = {"contrastive": contrastive.detach(), "psnr_db": psnr(squared.detach()), "found": found, **right}
-        place, more["place_right"] = self._read_places(states)
+        place, more["place_right"] = module.place(states)
         latents, errors = self._read_latents(states, pixels, batch["points"])
         loss = contrastive + RECONSTRUCTION_WEIGHT * squared + LATENTS_WEIGHT * latents + dense + PLACE_WEIGHT * place
         return loss, more | errors
@@ -141,7 +141,7 @@ class Contrastive:
             found.append((nearest == torch.arange(SCORED_AT_ONCE)).float().mean())
             squares.append((self.module.pixels(states) - patches(pixels)).square().mean())
             read = self.module.dense(states, batch)[1] | self._read_latents(states, pixels, batch["points"])[1]
-            rights.append(read | {"place_right": self._read_places(states)[1]})
+            rights.append(read | {"place_right": self.module.place(states)[1]})
         read = {name: float(torch.stack([right[name] for right in rights]).mean()) for name in rights[0]}
         return {"found": float(torch.stack(found).mean()), "psnr_db": float(psnr(torch.stack(squares).mean())), **read}
 
@@ -174,12 +174,6 @@ class Contrastive:
         weights = 1 + (THING_WEIGHT - 1) * share
         found = {"latents_error": errors.detach().mean(), "things_error": errors.detach()[share > 0.5].mean()}
         return (weights * errors).sum() / weights.sum(), found
-
-    def _read_places(self, states: Tensor) -> tuple[Tensor, Tensor]:
-        """The cross-entropy of which patch a state is of, and how often that is right."""
-        logits = self.module.place(states).float().flatten(0, 1)
-        places = torch.arange(states.shape[1], device=states.device).repeat(len(states))
-        return F.cross_entropy(logits, places), (logits.detach().argmax(-1) == places).float().mean()
 
     def _batch(self, seeds: range, split: str) -> dict[str, Any]:
         items = [make_item(TASKS[s % len(TASKS)], s, split, size_px=self.config.size_px) for s in seeds]

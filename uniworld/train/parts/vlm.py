@@ -45,22 +45,26 @@ from uniworld.models.tokenizers import load_tokenizer
 from uniworld.models.vision_processor import VisionProcessor
 from uniworld.models.vlm import VisionLanguageModel, rope_index
 from uniworld.train.parts.config import PartConfig
-from uniworld.train.parts.dense import DenseHead, dense_labels
+from uniworld.train.parts.dense import DenseHead, PlaceHead, changed_points, dense_labels
 from uniworld.train.parts.grounding import GroundingHead, asked_labels, descriptions
 from uniworld.train.parts.sizes import PREPROCESSOR, VLM_PX, qwen_config
 from uniworld.train.parts.words import caption, open_tokenizers, read_ids
 
 # Of five items three are questions; the others are what pictures are drawn from.
 TASKS = ("understanding", "edit", "understanding", "understanding", "t2i")
+PLANNED_TASKS = ("edit",)  # whose wanted pictures are planned without a word about them
 SEEN_TASKS = ("understanding", "edit", "t2i")  # whose pictures the vision tower learns to see
 NUM_QUESTIONS = 3  # about a picture: to see it costs as much as several of them
 POINTS_PER_SIDE = 4  # of a token of a picture
 TOKENS_PER_SIDE = math.isqrt(VLM_PX) // (PREPROCESSOR["patch_size"] * PREPROCESSOR["merge_size"])
 NUM_TOKENS, NUM_POINTS = TOKENS_PER_SIDE**2, TOKENS_PER_SIDE * POINTS_PER_SIDE  # of a picture, and along its side
 DENSE_WEIGHT = 0.2  # once answers are learned
+PLAN_WEIGHT = 1.0  # where they are not
 GROUNDING_WEIGHT, POINTING_WEIGHT = 0.3, 1.0  # beside answers, and before
+PLACE_WEIGHT = 0.5
 NUM_DESCRIPTIONS = 6  # of each picture that is looked at
-LOOKED_AGAIN = 3  # one of so many batches of conversations is none: from these alone pointing is forgotten
+# Batches in turn, first of pictures alone and then with conversations: from these alone pointing is forgotten.
+FIRST_TURNS, LATER_TURNS = ("look", "plan"), ("converse", "look", "plan")
 GROUNDED_LAYERS = (1, 2)  # of the language model: after them, counted from 0, is read which things are spoken of
 IGNORED = -100
 SCORED_AT_ONCE = 32
@@ -87,22 +91,28 @@ class VisionLanguage:
         for index in GROUNDED_LAYERS:
             heads[f"grounding{index}"] = GroundingHead(self.vlm.hidden_size, POINTS_PER_SIDE)
             self.vlm.model.model.language_model.layers[index].register_forward_hook(self._keep_layer(index))
+        heads["place"] = PlaceHead(self.vlm.hidden_size, NUM_TOKENS)
         self.module: nn.Module = nn.ModuleDict({"vlm": self.vlm.model.requires_grad_(True), **heads})
         self.vlm.model.model.visual.register_forward_hook(self._keep_seen)
 
     def make(self, seeds: range) -> dict[str, Any]:
-        """Of the first `look_items` items pictures and descriptions, then conversations and now and then such again.
+        """Of the first `look_items` items pictures and descriptions, and edits without words about their outcome; then
+        conversations, and such again, in turn.
 
         The fields of VLMInputs, but those of words; seen: the labels of `dense` for the pictures; and with words
-        wanted, the same for the pictures that are asked for; asked, of `asked_labels`; and labels [B, L]: a token where
-        it is part of an answer, else IGNORED.
+        wanted, the same for the pictures that are asked for, and their `changed_points`; asked, of `asked_labels`; and
+        labels [B, L]: a token where it is part of an answer, else IGNORED.
         """
-        if seeds.start < self.config.look_items or seeds.start // len(seeds) % LOOKED_AGAIN == 1:
-            items = [make_item(SEEN_TASKS[s % len(SEEN_TASKS)], s, size_px=self.config.size_px) for s in seeds]
+        turns = FIRST_TURNS if seeds.start < self.config.first_item + self.config.look_items else LATER_TURNS
+        turn = turns[seeds.start // len(seeds) % len(turns)]
+        tasks = {"look": SEEN_TASKS, "plan": PLANNED_TASKS, "converse": TASKS}[turn]
+        items = [make_item(tasks[s % len(tasks)], s, size_px=self.config.size_px) for s in seeds]
+        if turn == "look":
             pixels, grids = self.processor.vision([Image.fromarray(item.pictures[-1]) for item in items])
             pictures = {"pixel_values": pixels, "image_grid_thw": grids}
             return pictures | {"seen": self._dense([item.scenes[-1] for item in items])} | self._pointed(items)
-        items = [make_item(TASKS[s % len(TASKS)], s, size_px=self.config.size_px) for s in seeds]
+        if turn == "plan":
+            return self._batch(items, [item.conversations[:-1] for item in items])
         first = [questions_about(item)[0] if item.task == "understanding" else None for item in items]
         return self._batch(items, [answered(item) for item in items], first)
 
@@ -110,18 +120,26 @@ class VisionLanguage:
         if "labels" not in batch:
             return self._look(batch)
         states = self._states(batch)
-        logits, labels, weights = self._predict(states, batch)
-        right = (logits.detach().argmax(-1) == labels).float().mean()
-        answers = (weights * F.cross_entropy(logits.float(), labels, reduction="none")).sum()
-        more = {"answers": answers.detach(), "tokens_right": right}
+        weight, loss, more = PLAN_WEIGHT, states.new_zeros(()), {}
+        if (batch["labels"] != IGNORED).any():
+            weight, (loss, more) = DENSE_WEIGHT, self._answer(states, batch)
         if "seen" not in batch:
-            return answers, more
+            return loss, more
         dense, seen = self._read("dense", self._seen, batch["seen"])
         of_pictures = batch["input_ids"].to(states.device) == self.processor.tokens.image_pad
         plan, wanted = self._read("wanted", states[of_pictures], batch["wanted"])
         more |= seen | {f"wanted_{name}": value for name, value in wanted.items()}
+        # The DiT gives these states no position: they have to tell themselves where it is to be.
+        place, more["final_place_right"] = self.module["place"](states[of_pictures].unflatten(0, (-1, NUM_TOKENS)))
         grounding, found = self._read_asked(of_pictures, batch["asked"].to(states.device))
-        return answers + DENSE_WEIGHT * (dense + plan) + GROUNDING_WEIGHT * grounding, more | found
+        loss = loss + weight * (dense + plan) + PLACE_WEIGHT * place + GROUNDING_WEIGHT * grounding
+        return loss, more | found
+
+    def _answer(self, states: Tensor, batch: dict[str, Any]) -> tuple[Tensor, dict[str, float | Tensor]]:
+        logits, labels, weights = self._predict(states, batch)
+        right = (logits.detach().argmax(-1) == labels).float().mean()
+        answers = (weights * F.cross_entropy(logits.float(), labels, reduction="none")).sum()
+        return answers, {"answers": answers.detach(), "tokens_right": right}
 
     def _pointed(self, items: Sequence[Item]) -> dict[str, Tensor]:
         """input_ids and attention_mask [N, L] of descriptions, each with its picture behind it; row int64 [N], which
@@ -171,13 +189,15 @@ class VisionLanguage:
         return keep
 
     def _read_asked(self, of_pictures: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss after all GROUNDED_LAYERS, and what is found after the last."""
-        losses, found = [], {}
+        """After all GROUNDED_LAYERS the loss of which things are meant and of where a token is; and what is told after
+        the last."""
+        losses, told = [], {}
         for index in GROUNDED_LAYERS:
             states = self._at_layer[index][of_pictures].unflatten(0, (len(labels), -1))
-            loss, found = self.module[f"grounding{index}"](states, labels)
-            losses.append(loss)
-        return torch.stack(losses).sum(), found
+            loss, told = self.module[f"grounding{index}"](states, labels)
+            place, right = self.module["place"](states)
+            losses += [loss, PLACE_WEIGHT * place]
+        return torch.stack(losses).sum(), told | {"place_right": right}
 
     def _read(self, head: str, states: Tensor, labels: dict[str, Tensor]) -> tuple[Tensor, dict[str, float | Tensor]]:
         """What a head reads from the states of the pictures' tokens [all, D]."""
@@ -236,7 +256,9 @@ class VisionLanguage:
         wanted = [item.scenes[-1] for item, some in zip(items, shown) for _ in some]
         asked = [question for question, some in zip(first or [None] * len(items), shown) for _ in some]
         asked_of = asked_labels(list(zip(seen, asked)), NUM_POINTS)
-        return of_words | {"seen": self._dense(seen), "wanted": self._dense(wanted), "asked": asked_of}
+        before, after = self._dense(seen), self._dense(wanted)
+        after["changed"] = changed_points(before["points"], after["points"])
+        return of_words | {"seen": before, "wanted": after, "asked": asked_of}
 
     def _states(self, batch: dict[str, Any]) -> Tensor:
         """[B, L, D]"""
