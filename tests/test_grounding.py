@@ -19,6 +19,7 @@ from uniworld.data.scenes.wording import wording
 from uniworld.models.prompts import IMAGE
 from uniworld.train.parts import words as parts_words
 from uniworld.train.parts.config import PartConfig
+from uniworld.train.parts.dense import changed_points, dense_labels
 from uniworld.train.parts.grounding import (
     EMPTY,
     NO_QUESTION,
@@ -26,6 +27,7 @@ from uniworld.train.parts.grounding import (
     PLAYS,
     GroundingHead,
     asked_labels,
+    changed_labels,
     descriptions,
     things_of,
 )
@@ -83,6 +85,17 @@ def test_labels_say_of_every_point_whether_its_thing_is_meant():
     for number, roles in expected.items():
         assert (labels[0][ids == number] == torch.tensor(roles)).all()
     assert (labels[1] == NO_QUESTION).all()
+
+
+def test_what_an_instruction_changes_is_what_it_speaks_of():
+    """The blue cube turns green: it alone is meant. Then a thing is to be where none was: so is its place."""
+    green = dataclasses.replace(SCENE, things=(BALL, dataclasses.replace(CUBE, colour="green"), CONE))
+    fewer = dataclasses.replace(SCENE, things=(BALL, CUBE))
+    before, after = (dense_labels(scenes, 24)["points"] for scenes in ((SCENE, fewer), (green, SCENE)))
+    labels = changed_labels(before, changed_points(before, after))
+    ids = torch.from_numpy(geometry(solids.tables(SCENE), 24)[0])
+    for label, expected in zip(labels, ([EMPTY, OTHER, PLAYS, OTHER], [EMPTY, OTHER, OTHER, PLAYS])):
+        assert label.dtype == torch.uint8 and torch.equal(label, torch.tensor(expected, dtype=torch.uint8)[ids.long()])
 
 
 def test_a_head_finds_what_its_states_hold():

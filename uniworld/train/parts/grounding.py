@@ -23,7 +23,7 @@ from uniworld.data.scenes.edits import draw_key
 from uniworld.data.scenes.graph import Scene
 from uniworld.data.scenes.questions import COLOURLESS_STYLES, Question
 from uniworld.data.scenes.wording import Wording
-from uniworld.train.parts.dense import OF_A_THING, by_token, geometry_at
+from uniworld.train.parts.dense import NOTHING, OF_A_THING, by_token, geometry_at
 
 ROLES = ("first", "second", "asked")
 OTHER, PLAYS, EMPTY, NO_QUESTION = range(4)  # labels; the last of a picture that no question stands before
@@ -48,6 +48,13 @@ def asked_labels(pairs: Sequence[tuple[Scene, Question | None]], num_points: int
             plays[[1 + index for index in things], column] = PLAYS
         labels.append(plays[ids])
     return torch.from_numpy(np.stack(labels))
+
+
+def changed_labels(before: Tensor, changed: Tensor) -> Tensor:
+    """uint8 [B, P, P], for the first of ROLES in an instruction: what changes plays it, a thing or where one is to be,
+    and other things do not. before: `points` of `dense_labels` [B, P, P, 4]; changed: of `changed_points`."""
+    elsewhere = torch.where(before[..., 0] == NOTHING, EMPTY, OTHER)
+    return torch.where(changed, PLAYS, elsewhere).to(torch.uint8)
 
 
 def descriptions(scene: Scene, words: Wording, number: int) -> list[Question]:

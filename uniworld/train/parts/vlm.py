@@ -46,7 +46,7 @@ from uniworld.models.vision_processor import VisionProcessor
 from uniworld.models.vlm import VisionLanguageModel, rope_index
 from uniworld.train.parts.config import PartConfig
 from uniworld.train.parts.dense import DenseHead, PlaceHead, changed_points, dense_labels
-from uniworld.train.parts.grounding import GroundingHead, asked_labels, descriptions
+from uniworld.train.parts.grounding import GroundingHead, asked_labels, changed_labels, descriptions
 from uniworld.train.parts.sizes import PREPROCESSOR, VLM_PX, qwen_config
 from uniworld.train.parts.words import caption, open_tokenizers, read_ids
 
@@ -64,7 +64,7 @@ GROUNDING_WEIGHT, POINTING_WEIGHT = 0.3, 1.0  # beside answers, and before
 PLACE_WEIGHT = 0.5
 NUM_DESCRIPTIONS = 6  # of each picture that is looked at
 # Batches in turn, first of pictures alone and then with conversations: from these alone pointing is forgotten.
-FIRST_TURNS, LATER_TURNS = ("look", "plan"), ("converse", "look", "plan")
+FIRST_TURNS, LATER_TURNS = ("look", "plan"), ("converse", "look", "converse", "plan")
 GROUNDED_LAYERS = (1, 2)  # of the language model: after them, counted from 0, is read which things are spoken of
 IGNORED = -100
 SCORED_AT_ONCE = 32
@@ -120,9 +120,9 @@ class VisionLanguage:
         if "labels" not in batch:
             return self._look(batch)
         states = self._states(batch)
-        weight, loss, more = PLAN_WEIGHT, states.new_zeros(()), {}
+        planning, pointing, loss, more = PLAN_WEIGHT, POINTING_WEIGHT, states.new_zeros(()), {}
         if (batch["labels"] != IGNORED).any():
-            weight, (loss, more) = DENSE_WEIGHT, self._answer(states, batch)
+            planning, pointing, (loss, more) = DENSE_WEIGHT, GROUNDING_WEIGHT, self._answer(states, batch)
         if "seen" not in batch:
             return loss, more
         dense, seen = self._read("dense", self._seen, batch["seen"])
@@ -132,7 +132,7 @@ class VisionLanguage:
         # The DiT gives these states no position: they have to tell themselves where it is to be.
         place, more["final_place_right"] = self.module["place"](states[of_pictures].unflatten(0, (-1, NUM_TOKENS)))
         grounding, found = self._read_asked(of_pictures, batch["asked"].to(states.device))
-        loss = loss + weight * (dense + plan) + PLACE_WEIGHT * place + GROUNDING_WEIGHT * grounding
+        loss = loss + planning * (dense + plan) + PLACE_WEIGHT * place + pointing * grounding
         return loss, more | found
 
     def _answer(self, states: Tensor, batch: dict[str, Any]) -> tuple[Tensor, dict[str, float | Tensor]]:
@@ -255,10 +255,12 @@ class VisionLanguage:
             return of_words
         wanted = [item.scenes[-1] for item, some in zip(items, shown) for _ in some]
         asked = [question for question, some in zip(first or [None] * len(items), shown) for _ in some]
-        asked_of = asked_labels(list(zip(seen, asked)), NUM_POINTS)
+        roles = asked_labels(list(zip(seen, asked)), NUM_POINTS)
         before, after = self._dense(seen), self._dense(wanted)
-        after["changed"] = changed_points(before["points"], after["points"])
-        return of_words | {"seen": before, "wanted": after, "asked": asked_of}
+        after["changed"] = changed = changed_points(before["points"], after["points"])
+        edited = changed.any((1, 2))
+        roles[edited, ..., 0] = changed_labels(before["points"], changed)[edited]
+        return of_words | {"seen": before, "wanted": after, "asked": roles}
 
     def _states(self, batch: dict[str, Any]) -> Tensor:
         """[B, L, D]"""
