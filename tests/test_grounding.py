@@ -1,6 +1,5 @@
 """Which things a question speaks of: labels from the scene graph, and what a head reads."""
 
-import copy
 import dataclasses
 from unittest import mock
 
@@ -31,7 +30,8 @@ from uniworld.train.parts.grounding import (
     descriptions,
     things_of,
 )
-from uniworld.train.parts.vlm import NUM_TOKENS, SEEN_TASKS, VisionLanguage
+from uniworld.train.parts.vlm import VisionLanguage
+from uniworld.train.parts.vlm_batches import NUM_TOKENS, SEEN_TASKS, Batches
 
 BALL, CUBE, CONE = (
     Thing(shape="ball", colour="red", x=-0.7, z=0.3),
@@ -55,9 +55,8 @@ def pointing(tmp_path_factory):
 
 def test_pictures_are_looked_at_first_wherever_the_items_begin(pointing):
     part, _, _ = pointing
-    behind = copy.copy(part)
-    behind.config = dataclasses.replace(part.config, first_item=6)
-    assert ["labels" in behind.make(range(start, start + 3)) for start in (6, 9)] == [False, True]
+    batches = Batches(dataclasses.replace(part.config, first_item=6), part.processor)
+    assert ["labels" in batches.make(range(start, start + 3)) for start in (6, 12)] == [False, True]
 
 
 def question(kind, about=(), value="", relation=None):

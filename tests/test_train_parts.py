@@ -32,9 +32,20 @@ from uniworld.models.vae import ImageAutoencoder, to_pixels
 from uniworld.models.vlm import VisionLanguageModel
 from uniworld.train.checkpoints import complete_checkpoints
 from uniworld.train.metrics import read_metrics
-from uniworld.train.parts import base, dense, loop, make_part, semantic_encoder, task_head, vae, vlm
+from uniworld.train.parts import (
+    base,
+    conversations,
+    dense,
+    loop,
+    make_part,
+    semantic_encoder,
+    task_head,
+    vae,
+    vlm_batches,
+)
 from uniworld.train.parts import words as parts_words
 from uniworld.train.parts.config import PartConfig, load_part_config
+from uniworld.train.parts.grounding import NO_QUESTION, PLAYS
 from uniworld.train.parts.start import write_start
 from uniworld.train.parts.vae import picture as picture_of
 
@@ -267,9 +278,9 @@ def words(tmp_path_factory):
 
 def test_a_short_answer_counts_nearly_as_much_as_a_caption():
     """Square averaging: answers of 1, 4 and 9 tokens, the last two in one row, weigh 1, 2 and 3 of 6."""
-    labels = torch.full((2, 20), vlm.IGNORED)
+    labels = torch.full((2, 20), conversations.IGNORED)
     labels[0, 3], labels[1, 2:6], labels[1, 7:16] = 5, 5, 5
-    weights = vlm.answer_weights(labels)
+    weights = conversations.answer_weights(labels)
     sums = [float(w.sum()) for w in (weights[0, 3], weights[1, 2:6], weights[1, 7:16])]
     assert sums == pytest.approx([1 / 6, 2 / 6, 3 / 6]) and float(weights.sum()) == pytest.approx(1)
     assert float(weights[1, 2]) == float(weights[1, 5]) and float(weights[0, 4]) == 0
@@ -280,7 +291,7 @@ def test_it_looks_and_points_first(words, tmp_path):
     changes = [f"run_dir={tmp_path}", f"words={words}", "look_items=4", "num_checked=4", "size_px=64"]
     part = make_part(load_part_config(ROOT / "configs" / "tiny" / "vlm.yaml", changes))
     looked, again, told, planned = (part.make(range(first, first + 4)) for first in (0, 4, 8, 12))
-    assert vlm.LATER_TURNS[1:] == ("look", "converse", "plan") and "labels" not in again and "row" in again
+    assert vlm_batches.LATER_TURNS[1:] == ("look", "converse", "plan") and "labels" not in again and "row" in again
     assert "labels" not in looked and looked["seen"]["points"].shape == (4, 24, 24, 4)
     assert looked["asked"].shape == (len(looked["row"]), 24, 24, 3)
     assert set(looked["row"].tolist()) < {0, 1, 2, 3}  # one of them shows no colours
@@ -291,29 +302,38 @@ def test_it_looks_and_points_first(words, tmp_path):
     assert {name.split(".")[0] for name in learned} == {"vlm", "dense", "grounding1", "grounding2", "place"}
     assert not any(name.startswith(("vlm.model.language_model.layers.3", "vlm.lm_head")) for name in learned)
     assert told["labels"].max() >= 0 and told["seen"]["points"].shape[1:] == (24, 24, 4)
-    assert planned["labels"].max() == vlm.IGNORED and planned["wanted"]["changed"].any((1, 2)).sum() >= 2
+    assert "labels" not in planned and planned["wanted"]["changed"].any((1, 2)).sum() >= 4
 
 
-def test_edits_are_planned_without_a_word_about_their_outcome(words, tmp_path):
+def test_several_edits_of_a_picture_are_planned_at_once(words, tmp_path):
+    """Of every instruction the labels are those of its own outcome, and the states are those of a whole request."""
     part = make_part(part_config("vlm", tmp_path, words, tmp_path, "look_items=8"))
-    looked, planned = part.make(range(4)), part.make(range(4, 8))
-    assert "labels" not in looked and (planned["labels"] == vlm.IGNORED).all()
-    items = [make_item("edit", seed, "train", size_px=64) for seed in range(4, 8)]
-    for ids, item in zip(planned["input_ids"].tolist(), items):
-        said = part.processor.tokenizer(item.facts.instruction, add_special_tokens=False).input_ids
-        assert any(ids[n : n + len(said)] == said for n in range(len(ids)))
-    logged = overfit(part, planned, num_steps=40, lr=3e-3)
-    assert logged[-1][0] < 0.6 * logged[0][0], logged[::8]
-    assert "answers" not in logged[0][1]
-    part.module.zero_grad()
-    part.loss(planned, torch.Generator())[0].backward()
-    assert part.vlm.model.lm_head.weight.grad is None or not part.vlm.model.lm_head.weight.grad.any()
+    batch, items = part.make(range(4, 8)), [make_item("edit", seed, "train") for seed in range(4, 8)]
+    assert "labels" not in batch and part.make(range(4)).keys() == batch.keys() - {"wanted"}
+    rows = batch["row"].tolist()
+    first = [rows.index(row) for row in range(4)]
+    assert len(rows) > 12 and rows == sorted(rows)
+    before, after = (dense.dense_labels([item.scenes[n] for item in items], 24)["points"] for n in (0, 1))
+    assert torch.equal(batch["seen"]["points"], before) and torch.equal(batch["wanted"]["points"][first], after)
+    assert torch.equal(batch["wanted"]["changed"][first], (before != after).any(-1))
+    assert torch.equal(batch["asked"][first, ..., 0] == PLAYS, (before != after).any(-1))
+    assert (batch["asked"][..., 1:] == NO_QUESTION).all()
+    with torch.no_grad():
+        part.module.vlm.model.visual(batch["pixel_values"], grid_thw=batch["image_grid_thw"])
+        of_pictures = batch["input_ids"] == part.processor.tokens.image_pad
+        together = part._states_of_turns(batch, of_pictures)[of_pictures].unflatten(0, (len(rows), -1))
+        alone = part.batches.conversations(items, [item.conversations[:-1] for item in items])
+        of_pictures = alone["input_ids"] == part.processor.tokens.image_pad
+        expected = part._states(alone)[of_pictures].unflatten(0, (4, -1))
+    assert torch.allclose(together[first], expected, atol=1e-4)
+    logged = overfit(part, batch, num_steps=30, lr=3e-3)
+    assert logged[-1][0] < 0.7 * logged[0][0], logged[::6]
 
 
 def test_states_of_pictures_say_what_is_to_be_where(language):
     """An edit's picture comes behind the words; its labels are those of the scene before and of the scene after."""
     part, _, batch = language
-    assert vlm.TASKS[1] == "edit"
+    assert vlm_batches.TASKS[1] == "edit"
     item, row = make_item("edit", 1, "train", size_px=64), 1
     ids = batch["input_ids"][row]
     places = (ids == part.processor.tokens.image_pad).nonzero()[:, 0]
@@ -356,7 +376,7 @@ def test_every_item_that_a_part_sees_has_a_caption(language):
     for task, kinds in (("edit", edits.KINDS), ("t2i", (None,)), ("compose", (None,))):
         for kind in kinds:
             item = make_item(task, 5, kind=kind, language=language, size_px=64)
-            assert vlm.answered(item)[-1]["value"] and parts_words.caption(item)
+            assert conversations.answered(item)[-1]["value"] and parts_words.caption(item)
 
 
 def test_answers_alone_are_learned(language):
@@ -364,13 +384,13 @@ def test_answers_alone_are_learned(language):
     part, _, batch = language
     tokenizer = part.processor.tokenizer
     for row in range(4):
-        item = make_item(vlm.TASKS[row], row, "train", size_px=64)
-        answers = [turn["value"] for turn in vlm.answered(item) if turn["from"] == "gpt"]
-        assert item.task != "understanding" or 2 <= len(answers) <= vlm.NUM_QUESTIONS
+        item = make_item(vlm_batches.TASKS[row], row, "train", size_px=64)
+        answers = [turn["value"] for turn in conversations.answered(item) if turn["from"] == "gpt"]
+        assert item.task != "understanding" or 2 <= len(answers) <= conversations.NUM_QUESTIONS
         labels = batch["labels"][row]
-        learned = labels[labels != vlm.IGNORED]
+        learned = labels[labels != conversations.IGNORED]
         assert tokenizer.decode(learned) == "".join(f"{answer}<|im_end|>" for answer in answers)
-        assert torch.equal(learned, batch["input_ids"][row][labels != vlm.IGNORED])
+        assert torch.equal(learned, batch["input_ids"][row][labels != conversations.IGNORED])
     edit = make_item("edit", 1, "train", size_px=64)
     assert edit.conversations[-1]["value"] == "<gen_image>" and batch["image_grid_thw"].shape[0] == 4
 
@@ -383,11 +403,11 @@ def test_the_language_part_learns(language):
 def test_answers_count_as_right_where_decoding_gives_them(language):
     part, _, _ = language
     items = [make_item("understanding", seed, "train", size_px=64) for seed in (0, 2, 3, 7)]
-    conversations = [vlm.answered(item)[:2] for item in items]
-    right = part._right(part._batch(items, conversations))
+    conversations = [conversations.answered(item)[:2] for item in items]
+    right = part._right(part.batches.conversations(items, conversations))
     vlm_model, processor = part.vlm, part.processor
     for i, (item, turns) in enumerate(zip(items, conversations)):
-        prompt = vlm.conversation_text(turns[:1]) + ANSWER_START
+        prompt = conversations.conversation_text(turns[:1]) + ANSWER_START
         states = vlm_model.encode(processor.encode([prompt], [[Image.fromarray(item.pictures[0])]]), use_cache=True)
         ids = vlm_model.stream_text(states, max_new_tokens=60, stop_ids=[processor.tokens.turn_end])
         assert (processor.decode(list(ids)) == turns[1]["value"]) == right[i], (turns, right[i])

@@ -57,6 +57,7 @@ KINDS: dict[str, dict[str, float]] = {
     "action": {"move": 2, "move_by": 1.5, "swap": 1, "pose": 2},
     "hybrid": {"add": 1, "remove": 1, "replace": 1, "colour": 2, "material": 1, "size": 1, "background": 1, "move": 1},
 }
+KINDS_OF_THINGS = ("add", "remove", "replace", "adjust", "extract", "action")
 NUM_THINGS = {"add": (1, 2, 3, 4), "remove": (2, 3, 4, 5), "hybrid": (2, 3, 4)}  # before; equally likely
 DEFAULT_NUM_THINGS = (1, 2, 3, 4)
 TO_PHOTO_RATE = 0.1  # of style edits, that start from another style
@@ -105,6 +106,17 @@ def make_edit(kind: str, rng: np.random.Generator, *, split: str = "train", lang
         if edit is not None:
             return edit
     raise RuntimeError(f"no {kind} edit of steps {names} in {MAX_TRIES} tries")
+
+
+def edits_of(before: Scene, words: Wording, number: int, *, split: str = "train", language: str = "en") -> list[Edit]:
+    """Other edits of the same scene, of KINDS_OF_THINGS; fewer than `number` where some do not go with it."""
+    found = []
+    for _ in range(number):
+        kind = words.pick(KINDS_OF_THINGS)
+        step = STEPS[draw_key(KINDS[kind], words.rng)](before, words, split, frozenset())
+        if step is not None:
+            found.append(_single(kind, before, step, words, language))
+    return found
 
 
 def edit_mask(before: np.ndarray, after: np.ndarray) -> np.ndarray:

@@ -1,0 +1,140 @@
+"""The batches that the VLM of `tiny` learns from: pictures with descriptions, edits to plan, and conversations.
+
+Letters: B conversations, N short turns of a user, L tokens of the longest, P points along a picture's side.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from uniworld.data.scenes.edits import edits_of
+from uniworld.data.scenes.graph import Scene
+from uniworld.data.scenes.questions import Question
+from uniworld.data.scenes.tasks import Item, make_item
+from uniworld.data.scenes.wording import wording
+from uniworld.models.prompts import IMAGE, TURN_START, PromptProcessor
+from uniworld.train.parts.config import PartConfig
+from uniworld.train.parts.conversations import (
+    Conversation,
+    answer_labels,
+    answered,
+    conversation_text,
+    questions_about,
+)
+from uniworld.train.parts.dense import changed_points, dense_labels
+from uniworld.train.parts.grounding import NO_QUESTION, ROLES, asked_labels, changed_labels, descriptions
+from uniworld.train.parts.sizes import PREPROCESSOR, VLM_PX
+
+# Of five items three are questions; the others are what pictures are drawn from.
+TASKS = ("understanding", "edit", "understanding", "understanding", "t2i")
+PLANNED_TASKS = ("edit",)  # whose wanted pictures are planned without a word about them
+SEEN_TASKS = ("understanding", "edit", "t2i")  # whose pictures the vision tower learns to see
+POINTS_PER_SIDE = 4  # of a token of a picture
+TOKENS_PER_SIDE = math.isqrt(VLM_PX) // (PREPROCESSOR["patch_size"] * PREPROCESSOR["merge_size"])
+NUM_TOKENS, NUM_POINTS = TOKENS_PER_SIDE**2, TOKENS_PER_SIDE * POINTS_PER_SIDE  # of a picture, and along its side
+NUM_DESCRIPTIONS, NUM_EDITS = 6, 5  # of each picture that is looked at; that edits are planned of
+# Batches in turn, first of pictures alone and then with conversations: from these alone pointing is forgotten.
+FIRST_TURNS, LATER_TURNS = ("look", "plan"), ("converse", "look", "converse", "plan")
+
+
+class Batches:
+    def __init__(self, config: PartConfig, processor: PromptProcessor):
+        self.config, self.processor = config, processor
+
+    def make(self, seeds: range) -> dict[str, Any]:
+        """Of the first `look_items` items pictures with descriptions, and edits to plan; then conversations as well, in
+        turn.
+
+        All have pixel_values and image_grid_thw, unless no picture is shown; seen: the labels of `dense` for the
+        pictures; and asked uint8 [N, P, P, 3], of `asked_labels`. Edits have wanted, labels as of seen for the pictures
+        that are asked for, and their `changed_points`. Turns about a picture have input_ids and attention_mask [N, L],
+        and row int64 [N], which picture it is; conversations have the fields of VLMInputs, wanted, and labels [B, L]: a
+        token where it is part of an answer, else IGNORED.
+        """
+        turns = FIRST_TURNS if seeds.start < self.config.first_item + self.config.look_items else LATER_TURNS
+        turn = turns[seeds.start // len(seeds) % len(turns)]
+        tasks = {"look": SEEN_TASKS, "plan": PLANNED_TASKS, "converse": TASKS}[turn]
+        items = [make_item(tasks[s % len(tasks)], s, size_px=self.config.size_px) for s in seeds]
+        if turn == "look":
+            return self._described(items)
+        if turn == "plan":
+            return self._planned(items)
+        first = [questions_about(item)[0] if item.task == "understanding" else None for item in items]
+        return self.conversations(items, [answered(item) for item in items], first)
+
+    def _described(self, items: Sequence[Item]) -> dict[str, Any]:
+        """Pictures, and descriptions of what may be in each."""
+        scenes = [item.scenes[-1] for item in items]
+        turns, pairs = [], []
+        for row, (item, scene) in enumerate(zip(items, scenes)):
+            words = wording(item.language, np.random.default_rng((item.seed, NUM_DESCRIPTIONS)))
+            for described in descriptions(scene, words, NUM_DESCRIPTIONS):
+                turns.append((row, described.text))
+                pairs.append((scene, described))
+        batch = self._short_turns([item.pictures[-1] for item in items], turns) | {"seen": self._labels(scenes)}
+        return batch | {"asked": asked_labels(pairs, NUM_POINTS)} if pairs else batch
+
+    def _planned(self, items: Sequence[Item]) -> dict[str, Any]:
+        """Pictures, and edits of each, its item's and others, with what they lead to."""
+        scenes, turns, afters = [item.scenes[0] for item in items], [], []
+        for row, item in enumerate(items):
+            words = wording(item.language, np.random.default_rng((item.seed, NUM_EDITS)))
+            others = edits_of(scenes[row], words, NUM_EDITS - 1, split=item.split, language=item.language)
+            turns += [(row, edit.instruction) for edit in (item.facts, *others)]
+            afters += [edit.after for edit in (item.facts, *others)]
+        seen, wanted = self._labels(scenes), self._labels(afters)
+        before = seen["points"][[row for row, _ in turns]]
+        wanted["changed"] = changed_points(before, wanted["points"])
+        roles = torch.full((*before.shape[:3], len(ROLES)), NO_QUESTION, dtype=torch.uint8)
+        roles[..., 0] = changed_labels(before, wanted["changed"])
+        pictures = self._short_turns([item.pictures[0] for item in items], turns)
+        return pictures | {"seen": seen, "wanted": wanted, "asked": roles}
+
+    def _short_turns(self, pictures: Sequence[np.ndarray], turns: Sequence[tuple[int, str]]) -> dict[str, Tensor]:
+        """pixel_values and image_grid_thw of the pictures; input_ids and attention_mask [N, L] of turns of a user, each
+        the words with their picture behind them; row int64 [N], which picture that is."""
+        pixels, grids = self.processor.vision([Image.fromarray(picture) for picture in pictures])
+        batch = {"pixel_values": pixels, "image_grid_thw": grids}
+        if not turns:
+            return batch
+        pad, ids = self.processor.tokens.image_pad, []
+        for _, text in turns:
+            tokens = self.processor.tokenize(f"{TURN_START}user\n{text}{IMAGE}")
+            ids.append([token for token in tokens for _ in range(NUM_TOKENS if token == pad else 1)])
+        input_ids, attention_mask = self.processor.pad(ids)
+        rows = torch.tensor([row for row, _ in turns])
+        return batch | {"input_ids": input_ids, "attention_mask": attention_mask, "row": rows}
+
+    def conversations(
+        self,
+        items: Sequence[Item],
+        conversations: Sequence[Conversation],
+        first: Sequence[Question | None] | None = None,
+    ) -> dict[str, Any]:
+        """first: the question, if any, that stands before the picture of each conversation."""
+        prompts = [conversation_text(turns) for turns in conversations]
+        # The wanted picture of an edit or a prompt is not shown.
+        shown = [item.pictures[: prompt.count(IMAGE)] for item, prompt in zip(items, prompts)]
+        inputs = self.processor.encode(prompts, [[Image.fromarray(p) for p in pictures] for pictures in shown])
+        labels = answer_labels(inputs.input_ids, inputs.attention_mask, self.processor.tokens)
+        of_words = {f.name: getattr(inputs, f.name) for f in fields(inputs)} | {"labels": labels}
+        seen = [scene for item, some in zip(items, shown) for scene in item.scenes[: len(some)]]
+        if not seen:
+            return of_words
+        wanted = [item.scenes[-1] for item, some in zip(items, shown) for _ in some]
+        asked = [question for question, some in zip(first or [None] * len(items), shown) for _ in some]
+        roles = asked_labels(list(zip(seen, asked)), NUM_POINTS)
+        before, after = self._labels(seen), self._labels(wanted)
+        after["changed"] = changed = changed_points(before["points"], after["points"])
+        edited = changed.any((1, 2))
+        roles[edited, ..., 0] = changed_labels(before["points"], changed)[edited]
+        return of_words | {"seen": before, "wanted": after, "asked": roles}
+
+    def _labels(self, scenes: Sequence[Scene]) -> dict[str, Tensor]:
+        return dense_labels(scenes, NUM_POINTS)
