@@ -10,7 +10,7 @@ from uniworld.data.scenes import questions, words_en, words_zh
 from uniworld.data.scenes.captions import PROMPT_KINDS, long_caption, prompt_of
 from uniworld.data.scenes.compositions import COMPOSITIONS, make_composition
 from uniworld.data.scenes.descriptions import describe
-from uniworld.data.scenes.edits import KINDS, STEPS, edit_mask, make_edit
+from uniworld.data.scenes.edits import KINDS, KINDS_OF_THINGS, STEPS, edit_mask, edits_of, make_edit
 from uniworld.data.scenes.graph import (
     BACKGROUNDS,
     COLOURS,
@@ -314,6 +314,21 @@ def test_instructions_are_true(kind):
         check_rest(edit)
         assert "{" not in edit.instruction and "  " not in edit.instruction
     assert seen == set(KINDS[kind])
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_other_edits_of_a_scene_are_true(language):
+    found = []
+    for number in range(8):
+        rng = np.random.default_rng((11, number))
+        before = make_edit("adjust", rng, language=language).before
+        others = edits_of(before, wording(language, rng), 10, language=language)
+        assert all(edit.before == before and edit.language == language for edit in others)
+        found += others
+    for edit in found:
+        check_change(edit, edit.changes[0], dict(edit.parts))
+        check_rest(edit)
+    assert len(found) > 50 and {edit.kind for edit in found} == set(KINDS_OF_THINGS)
 
 
 def test_every_step_makes_some_kind():
