@@ -167,7 +167,7 @@ train_tiny() {
   local seconds=$((UNIWORLD_BENCH_UNTIL - $(date +%s) - 30)) name rc
   "$PYTHON" -m uniworld.cli train-tiny -o runs/tiny --minutes "$(awk "BEGIN { print $seconds / 60 }")"
   rc=$?
-  for name in vae vlm semantic_encoder base redux task_head model; do
+  for name in vae vlm semantic_encoder base redux align task_head model; do
     mkdir -p "$OUT/tiny/$name"
     cp -r runs/tiny/"$name"/{model,scores.json,samples.png,metrics.jsonl} "$OUT/tiny/$name/" 2>/dev/null
   done

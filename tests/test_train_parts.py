@@ -290,8 +290,9 @@ def test_it_looks_and_points_first(words, tmp_path):
     """From the first items tower and language model learn, and no answers; then conversations too."""
     changes = [f"run_dir={tmp_path}", f"words={words}", "look_items=4", "num_checked=4", "size_px=64"]
     part = make_part(load_part_config(ROOT / "configs" / "tiny" / "vlm.yaml", changes))
-    looked, again, told, planned = (part.make(range(first, first + 4)) for first in (0, 4, 8, 12))
-    assert vlm_batches.LATER_TURNS[1:] == ("look", "converse", "plan") and "labels" not in again and "row" in again
+    looked, again, asked, planned, told = (part.make(range(first, first + 4)) for first in (0, 4, 8, 12, 16))
+    assert vlm_batches.LATER_TURNS == ("converse", "look", "ask", "plan")
+    assert "labels" not in again and "row" in again and "row" not in told and "labels" in asked and "row" in asked
     assert "labels" not in looked and looked["seen"]["points"].shape == (4, 24, 24, 4)
     assert looked["asked"].shape == (len(looked["row"]), 24, 24, 3)
     assert set(looked["row"].tolist()) < {0, 1, 2, 3}  # one of them shows no colours
@@ -328,6 +329,30 @@ def test_several_edits_of_a_picture_are_planned_at_once(words, tmp_path):
     assert torch.allclose(together[first], expected, atol=1e-4)
     logged = overfit(part, batch, num_steps=30, lr=3e-3)
     assert logged[-1][0] < 0.7 * logged[0][0], logged[::6]
+
+
+def test_many_questions_about_a_picture_are_asked_at_once(words, tmp_path):
+    """Every question stands alone before its picture, and is answered as in a conversation of one turn."""
+    part = make_part(part_config("vlm", tmp_path, words, tmp_path, "look_items=0"))
+    batch, items = part.make(range(8, 12)), [make_item("understanding", seed, "train") for seed in range(8, 12)]
+    rows, tokenizer = batch["row"].tolist(), part.processor.tokenizer
+    assert len(rows) > 14 and batch["asked"].shape == (len(rows), 24, 24, 3)
+    assert torch.equal(batch["seen"]["points"], dense.dense_labels([item.scenes[0] for item in items], 24)["points"])
+    told = [tokenizer.decode(ids[ids != conversations.IGNORED]) for ids in batch["labels"]]
+    assert all(answer.endswith("<|im_end|>") and len(answer) > len("<|im_end|>") for answer in told)
+    with torch.no_grad():
+        part.module.vlm.model.visual(batch["pixel_values"], grid_thw=batch["image_grid_thw"])
+        states = part._states_of_turns(batch, batch["input_ids"] == part.processor.tokens.image_pad)
+        for row in (0, len(rows) - 1):
+            length = int(batch["attention_mask"][row].sum())
+            text = tokenizer.decode(batch["input_ids"][row, :length])
+            text = text.replace("<|image_pad|>" * 36, "<|image_pad|>")
+            inputs = part.processor.encode([text], [[Image.fromarray(items[rows[row]].pictures[0])]])
+            assert torch.equal(inputs.input_ids[0], batch["input_ids"][row, :length])
+            alone = part.vlm.states(inputs).hidden_states[0]
+            assert torch.allclose(states[row, :length], alone, atol=1e-4)
+    logged = overfit(part, batch, num_steps=40, lr=3e-3)
+    assert logged[-1][1]["answers"] < 0.6 * logged[0][1]["answers"], logged[::8]
 
 
 def test_states_of_pictures_say_what_is_to_be_where(language):
@@ -641,6 +666,42 @@ def test_redux_learns_to_draw_what_it_is_shown(words, parts, tmp_path):
     assert shown < swapped
 
 
+def test_the_language_connector_learns_to_give_what_the_semantic_one_gives(words, parts, tmp_path):
+    """Of the tokens of an edit's picture what the semantic connector gives of the wanted one at the same places."""
+    shutil.copytree(parts, tmp_path, dirs_exist_ok=True)
+    for name in ("semantic_encoder", "base", "redux"):
+        make_part(part_config(name, tmp_path / name, words, tmp_path)).export(tmp_path / name / "model")
+    part = make_part(part_config("align", tmp_path / "align", words, tmp_path, "num_items=8"))
+    batch, item = part.make(range(4)), make_item("edit", 2, "train")
+    states = part.encoder(part.encoder.preprocess([Image.fromarray(item.pictures[-1])]))
+    assert torch.allclose(batch["wanted"][2], states[0], atol=0.02)  # kept in fp16
+    prompt = conversations.conversation_text(item.conversations[:-1])
+    inputs = part.processor.encode([prompt], [[Image.fromarray(item.pictures[0])]])
+    of_picture = inputs.input_ids == part.processor.tokens.image_pad
+    assert torch.allclose(batch["plans"][2], part.vlm.encode(inputs).hidden_states[of_picture], atol=0.02)
+
+    _, wanted = part._given_and_wanted(batch)
+    columns = torch.arange(8.0).repeat(8)[None, :, None].expand(1, 64, 192)  # a connector that gives a patch's column
+    with mock.patch.object(part.semantic, "forward", lambda _: columns[0]):
+        _, places = part._given_and_wanted({name: tensor[:1] for name, tensor in batch.items()})
+    steps = places[0, :6, 0].diff()
+    assert (steps > 1).all() and float(places.mean()) == pytest.approx(3.5, abs=1e-3)
+    assert torch.allclose(places[0, :6, 0], places[0, 30:, 0], atol=1e-5)  # the same in every row
+    logged = overfit(part, batch, num_steps=60, lr=3e-3)
+    assert logged[-1][0] < 0.3 * logged[0][0], logged[::10]
+    given = part._given_and_wanted(batch)[0].detach()
+    by_hand = 1 - float((given - wanted).square().mean() / wanted.var())
+    assert float(part.loss(batch, torch.Generator())[1]["explained"]) == pytest.approx(by_hand, rel=1e-4)
+    assert part.score()["explained"] < by_hand  # of edits it has not seen
+    part.export(tmp_path / "made")
+    own = load_file(tmp_path / "made" / "denoise_projector.safetensors")
+    named = {f"denoise_tower.denoise_projector.{name}": p for name, p in part.module.named_parameters()}
+    assert own.keys() == named.keys() and all(torch.equal(own[name], p) for name, p in named.items())
+    redux = tmp_path / "redux" / "model" / "siglip_projector.safetensors"
+    copied = load_file(tmp_path / "made" / "siglip_projector.safetensors")
+    assert all(torch.equal(tensor, copied[name]) for name, tensor in load_file(redux).items())
+
+
 def test_a_part_says_which_other_it_needs(words, parts, tmp_path):
     for name, wanted in (("base", "vae/model: holds no image autoencoder"), ("task_head", "vlm/model: holds no VLM")):
         with pytest.raises(FileNotFoundError, match=f"{wanted}; train"):
@@ -703,12 +764,13 @@ def test_the_task_head_learns_on_the_states_that_the_engine_routes_by(words, par
 
 
 def test_parts_make_a_checkpoint_that_draws_and_routes(words, parts, tmp_path):
-    """What stage 1 starts from; the parts are hardly trained, their connectors are fresh."""
+    """What stage 1 starts from, with the connectors of Redux and of the alignment; the parts are hardly trained."""
     shutil.copytree(parts, tmp_path, dirs_exist_ok=True)
-    for name in ("semantic_encoder", "base", "redux", "task_head"):
+    for name in ("semantic_encoder", "base", "redux", "align", "task_head"):
         make_part(part_config(name, tmp_path / name, words, tmp_path)).export(tmp_path / name / "model")
     folder = write_start(tmp_path, tmp_path / "start")
     connector = load_file(tmp_path / "redux" / "model" / "siglip_projector.safetensors")
+    connector |= load_file(tmp_path / "align" / "model" / "denoise_projector.safetensors")
     stored = {key: tensor for path in folder.glob("*.safetensors") for key, tensor in load_file(path).items()}
     assert all(torch.equal(stored[key], tensor.bfloat16()) for key, tensor in connector.items())
     assert not list((folder / "flux").glob("siglip_projector.*"))  # it stands in the checkpoint

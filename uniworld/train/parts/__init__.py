@@ -7,6 +7,7 @@ from uniworld.train.parts.config import PartConfig
 
 def make_part(config: PartConfig) -> Any:
     """The part that `config.part` names, with fresh weights; a `loop.Part`."""
+    from uniworld.train.parts.align import Alignment
     from uniworld.train.parts.base import TextToImage
     from uniworld.train.parts.redux import PictureToImage
     from uniworld.train.parts.semantic_encoder import Contrastive
@@ -20,6 +21,7 @@ def make_part(config: PartConfig) -> Any:
         "semantic_encoder": Contrastive,
         "base": TextToImage,
         "redux": PictureToImage,
+        "align": Alignment,
         "task_head": Routing,
     }
     return parts[config.part](config)

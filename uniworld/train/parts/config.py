@@ -14,7 +14,7 @@ STARTING = ("vae", "vlm", "semantic_encoder")  # from exported weights, if asked
 class PartConfig:
     """A training run of one part, on one device."""
 
-    part: Literal["vae", "vlm", "semantic_encoder", "base", "redux", "task_head"]
+    part: Literal["vae", "vlm", "semantic_encoder", "base", "redux", "align", "task_head"]
     """What is trained; each part stands in a module of its name beside this one."""
     run_dir: str
     """Checkpoints, metrics and the part's weights go here."""
@@ -37,8 +37,8 @@ class PartConfig:
     """Of the computation: bf16 throughout, with weights rounded for every step, or torch's autocast to bf16. What is
     optimized and averaged is fp32."""
     num_items: int = 100000
-    """Of parts base, redux and task_head: items that are trained on again and again, from what frozen parts make of
-    them, which is kept in `run_dir` (19 KB an item, of redux 40, of the task head 0.4)."""
+    """Of parts base, redux, align and task_head: items that are trained on again and again, from what frozen parts make
+    of them, which is kept in `run_dir` (19 KB an item, of redux 40, of align 34, of the task head 0.4)."""
     look_items: int = 0
     """Of part vlm: items from whose pictures the vision tower alone learns, before conversations are learned."""
     plain_items: int = 0

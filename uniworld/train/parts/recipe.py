@@ -17,7 +17,7 @@ from uniworld.train.parts.start import write_start
 from uniworld.train.parts.words import IDS
 from uniworld.train.signals import EXIT_STOPPED, StopSignals
 
-TRAINED_PARTS = ("vae", "vlm", "semantic_encoder", "base", "redux", "task_head")
+TRAINED_PARTS = ("vae", "vlm", "semantic_encoder", "base", "redux", "align", "task_head")
 DRAWN_TASKS = "t2i,edit,perceive,compose"  # what stages 1 and 2 learn: all that ends with a picture
 WORDS = "words"  # folder of the tokenizers
 DONE = "steps.json"

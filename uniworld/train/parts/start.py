@@ -8,25 +8,25 @@ from uniworld.checkpoint.locate import read_json
 from uniworld.checkpoint.save import TASK_HEAD_FILE, atomic_folder, write_json
 from uniworld.train.parts.sizes import SIZE_PX
 
-PARTS = ("vlm", "redux", "semantic_encoder", "task_head")
+PARTS = ("vlm", "redux", "semantic_encoder", "align", "task_head")
 
 
 def write_start(parts: Path, out: Path) -> Path:
     """A UniWorld checkpoint with FLUX and SigLIP folders and task head in it; replaces `out`.
 
-    The semantic encoder's connector is Redux's, the others are fresh.
+    The semantic encoder's connector is Redux's, and the VLM's is aligned with it.
 
     Args:
         parts: folder of the parts' runs, each with its weights in `PART/model`.
 
     Raises: FileNotFoundError naming the part that is not trained yet.
     """
-    vlm, flux, siglip, head = (parts / name / "model" for name in PARTS)
-    for folder in (vlm, flux, siglip, head):
+    vlm, flux, siglip, connectors, head = folders = [parts / name / "model" for name in PARTS]
+    for folder in folders:
         if not folder.is_dir():
             raise FileNotFoundError(f"parts: {folder} is not there; train it first")
     with atomic_folder(out, overwrite=True) as temporary:
-        made = convert(vlm, flux, temporary / "converted", siglip=siglip, connectors=flux)
+        made = convert(vlm, flux, temporary / "converted", siglip=siglip, connectors=connectors)
         for path in made.iterdir():
             path.rename(temporary / path.name)
         made.rmdir()

@@ -75,7 +75,7 @@ class VisionLanguage:
         return self.batches.make(seeds)
 
     def loss(self, batch: dict[str, Any], generator: torch.Generator) -> tuple[Tensor, dict[str, float | Tensor]]:
-        if "labels" not in batch:
+        if "labels" not in batch or "row" in batch:
             return self._look(batch)
         states = self._states(batch)
         loss, more = self._answer(states, batch)
@@ -98,15 +98,18 @@ class VisionLanguage:
         """The tower sees each picture once; the language model reads every turn about it."""
         device, visual = self.vlm.device, self.vlm.model.model.visual
         visual(batch["pixel_values"].to(device), grid_thw=batch["image_grid_thw"].to(device))
-        loss, more = self._read("dense", self._seen, batch["seen"])
+        seeing, more = self._read("dense", self._seen, batch["seen"])
         if "row" not in batch:
-            return loss, more
+            return seeing, more
         of_pictures = batch["input_ids"].to(device) == self.processor.tokens.image_pad
-        states = self._states_of_turns(batch, of_pictures)[of_pictures]
-        grounding, told = self._read_asked(of_pictures, batch["asked"].to(device))
-        loss = loss + POINTING_WEIGHT * grounding
+        states = self._states_of_turns(batch, of_pictures)
+        pointing, told = self._read_asked(of_pictures, batch["asked"].to(device))
+        if "labels" in batch:
+            answers, right = self._answer(states, batch)
+            return answers + DENSE_WEIGHT * seeing + GROUNDING_WEIGHT * pointing, more | told | right
+        loss = seeing + POINTING_WEIGHT * pointing
         if "wanted" in batch:
-            plan, planned = self._read_plan(states, batch["wanted"])
+            plan, planned = self._read_plan(states[of_pictures], batch["wanted"])
             loss, told = loss + plan, told | planned
         return loss, more | told
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from uniworld.data.scenes.edits import edits_of
 from uniworld.data.scenes.graph import Scene
-from uniworld.data.scenes.questions import Question
+from uniworld.data.scenes.questions import Question, converse
 from uniworld.data.scenes.tasks import Item, make_item
 from uniworld.data.scenes.wording import wording
 from uniworld.models.prompts import IMAGE, TURN_START, PromptProcessor
@@ -26,6 +26,7 @@ from uniworld.train.parts.conversations import (
     answered,
     conversation_text,
     questions_about,
+    turns_of,
 )
 from uniworld.train.parts.dense import changed_points, dense_labels
 from uniworld.train.parts.grounding import NO_QUESTION, ROLES, asked_labels, changed_labels, descriptions
@@ -33,14 +34,16 @@ from uniworld.train.parts.sizes import PREPROCESSOR, VLM_PX
 
 # Of five items three are questions; the others are what pictures are drawn from.
 TASKS = ("understanding", "edit", "understanding", "understanding", "t2i")
+ASKED_TASKS = ("understanding",)
 PLANNED_TASKS = ("edit",)  # whose wanted pictures are planned without a word about them
 SEEN_TASKS = ("understanding", "edit", "t2i")  # whose pictures the vision tower learns to see
 POINTS_PER_SIDE = 4  # of a token of a picture
 TOKENS_PER_SIDE = math.isqrt(VLM_PX) // (PREPROCESSOR["patch_size"] * PREPROCESSOR["merge_size"])
 NUM_TOKENS, NUM_POINTS = TOKENS_PER_SIDE**2, TOKENS_PER_SIDE * POINTS_PER_SIDE  # of a picture, and along its side
-NUM_DESCRIPTIONS, NUM_EDITS = 6, 5  # of each picture that is looked at; that edits are planned of
+# Of each picture that is looked at, that edits are planned of, that is asked about: to see it costs as much as several.
+NUM_DESCRIPTIONS, NUM_EDITS, NUM_ASKED = 6, 5, 6
 # Batches in turn, first of pictures alone and then with conversations: from these alone pointing is forgotten.
-FIRST_TURNS, LATER_TURNS = ("look", "plan"), ("converse", "look", "converse", "plan")
+FIRST_TURNS, LATER_TURNS = ("look", "plan"), ("converse", "look", "ask", "plan")
 
 
 class Batches:
@@ -48,23 +51,25 @@ class Batches:
         self.config, self.processor = config, processor
 
     def make(self, seeds: range) -> dict[str, Any]:
-        """Of the first `look_items` items pictures with descriptions, and edits to plan; then conversations as well, in
-        turn.
+        """Of the first `look_items` items pictures with descriptions, and edits to plan; then conversations and single
+        questions as well, in turn.
 
         All have pixel_values and image_grid_thw, unless no picture is shown; seen: the labels of `dense` for the
         pictures; and asked uint8 [N, P, P, 3], of `asked_labels`. Edits have wanted, labels as of seen for the pictures
         that are asked for, and their `changed_points`. Turns about a picture have input_ids and attention_mask [N, L],
-        and row int64 [N], which picture it is; conversations have the fields of VLMInputs, wanted, and labels [B, L]: a
-        token where it is part of an answer, else IGNORED.
+        and row int64 [N], which picture it is; conversations have the fields of VLMInputs, and wanted. Both have labels
+        [N, L] where there are answers: a token where it is part of one, else IGNORED.
         """
         turns = FIRST_TURNS if seeds.start < self.config.first_item + self.config.look_items else LATER_TURNS
         turn = turns[seeds.start // len(seeds) % len(turns)]
-        tasks = {"look": SEEN_TASKS, "plan": PLANNED_TASKS, "converse": TASKS}[turn]
+        tasks = {"look": SEEN_TASKS, "plan": PLANNED_TASKS, "ask": ASKED_TASKS, "converse": TASKS}[turn]
         items = [make_item(tasks[s % len(tasks)], s, size_px=self.config.size_px) for s in seeds]
         if turn == "look":
             return self._described(items)
         if turn == "plan":
             return self._planned(items)
+        if turn == "ask":
+            return self._asked(items)
         first = [questions_about(item)[0] if item.task == "understanding" else None for item in items]
         return self.conversations(items, [answered(item) for item in items], first)
 
@@ -75,7 +80,7 @@ class Batches:
         for row, (item, scene) in enumerate(zip(items, scenes)):
             words = wording(item.language, np.random.default_rng((item.seed, NUM_DESCRIPTIONS)))
             for described in descriptions(scene, words, NUM_DESCRIPTIONS):
-                turns.append((row, described.text))
+                turns.append((row, f"{TURN_START}user\n{described.text}{IMAGE}"))
                 pairs.append((scene, described))
         batch = self._short_turns([item.pictures[-1] for item in items], turns) | {"seen": self._labels(scenes)}
         return batch | {"asked": asked_labels(pairs, NUM_POINTS)} if pairs else batch
@@ -86,7 +91,7 @@ class Batches:
         for row, item in enumerate(items):
             words = wording(item.language, np.random.default_rng((item.seed, NUM_EDITS)))
             others = edits_of(scenes[row], words, NUM_EDITS - 1, split=item.split, language=item.language)
-            turns += [(row, edit.instruction) for edit in (item.facts, *others)]
+            turns += [(row, f"{TURN_START}user\n{edit.instruction}{IMAGE}") for edit in (item.facts, *others)]
             afters += [edit.after for edit in (item.facts, *others)]
         seen, wanted = self._labels(scenes), self._labels(afters)
         before = seen["points"][[row for row, _ in turns]]
@@ -96,16 +101,31 @@ class Batches:
         pictures = self._short_turns([item.pictures[0] for item in items], turns)
         return pictures | {"seen": seen, "wanted": wanted, "asked": roles}
 
+    def _asked(self, items: Sequence[Item]) -> dict[str, Any]:
+        """Pictures, and questions about each, every one answered on its own; no captions, which are long: conversations
+        have them."""
+        turns, pairs = [], []
+        for row, item in enumerate(items):
+            scene, words = item.scenes[0], wording(item.language, np.random.default_rng((item.seed, NUM_ASKED)))
+            for question in (q for _ in range(NUM_ASKED) for q in converse(scene, words, item.split, 1)):
+                if not question.kind.startswith("caption"):
+                    turns.append((row, conversation_text(turns_of(question, with_picture=True))))
+                    pairs.append((scene, question))
+        batch = self._short_turns([item.pictures[0] for item in items], turns)
+        batch["labels"] = answer_labels(batch["input_ids"], batch["attention_mask"], self.processor.tokens)
+        seen = self._labels([item.scenes[0] for item in items])
+        return batch | {"seen": seen, "asked": asked_labels(pairs, NUM_POINTS)}
+
     def _short_turns(self, pictures: Sequence[np.ndarray], turns: Sequence[tuple[int, str]]) -> dict[str, Tensor]:
-        """pixel_values and image_grid_thw of the pictures; input_ids and attention_mask [N, L] of turns of a user, each
-        the words with their picture behind them; row int64 [N], which picture that is."""
+        """pixel_values and image_grid_thw of the pictures; input_ids and attention_mask [N, L] of turns, of which each
+        shows one picture; row int64 [N], which one that is."""
         pixels, grids = self.processor.vision([Image.fromarray(picture) for picture in pictures])
         batch = {"pixel_values": pixels, "image_grid_thw": grids}
         if not turns:
             return batch
         pad, ids = self.processor.tokens.image_pad, []
         for _, text in turns:
-            tokens = self.processor.tokenize(f"{TURN_START}user\n{text}{IMAGE}")
+            tokens = self.processor.tokenize(text)
             ids.append([token for token in tokens for _ in range(NUM_TOKENS if token == pad else 1)])
         input_ids, attention_mask = self.processor.pad(ids)
         rows = torch.tensor([row for row, _ in turns])
