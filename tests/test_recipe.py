@@ -65,12 +65,12 @@ def test_the_command_lists_its_steps_and_stops_on_a_signal(tmp_path):
     listed = subprocess.run([*command, "--steps"], cwd=ROOT, capture_output=True, text=True, timeout=100)
     assert listed.returncode == 0, listed.stderr
     names = [line.split()[2] for line in listed.stdout.splitlines()]
-    assert names == [step.name for step in recipe(tmp_path, Path("configs/tiny"), 1)] and len(names) == 13
+    assert names == [step.name for step in recipe(tmp_path, Path("configs/tiny"), 1)] and len(names) == 14
     wrong = subprocess.run([*command, "--configs", "docs"], cwd=ROOT, capture_output=True, text=True, timeout=100)
     assert (wrong.returncode, wrong.stderr) == (2, "error: configs=docs: has no vae.yaml\n")
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
     try:
-        assert "[1/13] vae: train-part configs/tiny/vae.yaml" in process.stderr.readline()
+        assert "[1/14] vae: train-part configs/tiny/vae.yaml" in process.stderr.readline()
         process.send_signal(signal.SIGTERM)
         assert process.wait(200) == EXIT_STOPPED
     finally:

@@ -40,7 +40,7 @@ class PartConfig:
     """Of parts base, redux, align and task_head: items that are trained on again and again, from what frozen parts make
     of them, which is kept in `run_dir` (19 KB an item, of redux 40, of align 34, of the task head 0.4)."""
     look_items: int = 0
-    """Of part vlm: items from whose pictures the vision tower alone learns, before conversations are learned."""
+    """Of part vlm: items that it learns to see, to point in and to plan edits of, before it learns to answer."""
     plain_items: int = 0
     """Of part base: items after which guidance is learned."""
     num_workers: int | None = None
