@@ -428,10 +428,10 @@ def test_the_language_part_learns(language):
 def test_answers_count_as_right_where_decoding_gives_them(language):
     part, _, _ = language
     items = [make_item("understanding", seed, "train", size_px=64) for seed in (0, 2, 3, 7)]
-    conversations = [conversations.answered(item)[:2] for item in items]
-    right = part._right(part.batches.conversations(items, conversations))
+    talks = [conversations.answered(item)[:2] for item in items]
+    right = part._right(part.batches.conversations(items, talks))
     vlm_model, processor = part.vlm, part.processor
-    for i, (item, turns) in enumerate(zip(items, conversations)):
+    for i, (item, turns) in enumerate(zip(items, talks)):
         prompt = conversations.conversation_text(turns[:1]) + ANSWER_START
         states = vlm_model.encode(processor.encode([prompt], [[Image.fromarray(item.pictures[0])]]), use_cache=True)
         ids = vlm_model.stream_text(states, max_new_tokens=60, stop_ids=[processor.tokens.turn_end])
