@@ -11,7 +11,6 @@ Letters: B edits, N tokens of a picture to the VLM, T to the semantic encoder, D
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -40,6 +39,7 @@ from uniworld.train.parts.words import open_tokenizers
 CONNECTOR, SEMANTIC = "denoise_projector", "siglip_projector"
 PATCHES_PER_SIDE = SIGLIP["image_size"] // SIGLIP["patch_size"]
 SHAPES = (NUM_TOKENS, HIDDEN), (PATCHES_PER_SIDE**2, SIGLIP["hidden_size"])  # of an item's states
+NUM_VALUES = [math.prod(shape) for shape in SHAPES]
 SCORED_AT_ONCE = 32
 
 
@@ -68,7 +68,7 @@ class Alignment:
         """plans [B, N, D] of the VLM, and wanted [B, T, D] of the semantic encoder."""
         if self._cache is None:  # in the process that makes batches: open files do not travel
             folder = Path(self.config.run_dir) / f"states-{self._made_with}"
-            self._cache = LatentCache(folder, self.config.num_items, (_NUM_VALUES,), 1, self._make_items)
+            self._cache = LatentCache(folder, self.config.num_items, (sum(NUM_VALUES),), 1, self._make_items)
         rows, _ = self._cache[[seed % self.config.num_items for seed in seeds]]
         return _as_batch(torch.from_numpy(rows).float())
 
@@ -124,9 +124,6 @@ class Alignment:
         return torch.cat([plans, wanted.flatten(1)], dim=1)
 
 
-_NUM_VALUES = sum(math.prod(shape) for shape in SHAPES)
-
-
-def _as_batch(rows: Tensor) -> dict[str, Any]:
-    plans, wanted = rows.split([math.prod(shape) for shape in SHAPES], dim=1)
+def _as_batch(rows: Tensor) -> dict[str, Tensor]:
+    plans, wanted = rows.split(NUM_VALUES, dim=1)
     return {"plans": plans.unflatten(1, SHAPES[0]), "wanted": wanted.unflatten(1, SHAPES[1])}
