@@ -112,9 +112,11 @@ class Batches:
                     turns.append((row, conversation_text(turns_of(question, with_picture=True))))
                     pairs.append((scene, question))
         batch = self._short_turns([item.pictures[0] for item in items], turns)
-        batch["labels"] = answer_labels(batch["input_ids"], batch["attention_mask"], self.processor.tokens)
-        seen = self._labels([item.scenes[0] for item in items])
-        return batch | {"seen": seen, "asked": asked_labels(pairs, NUM_POINTS)}
+        batch["seen"] = self._labels([item.scenes[0] for item in items])
+        if not pairs:
+            return batch
+        labels = answer_labels(batch["input_ids"], batch["attention_mask"], self.processor.tokens)
+        return batch | {"labels": labels, "asked": asked_labels(pairs, NUM_POINTS)}
 
     def _short_turns(self, pictures: Sequence[np.ndarray], turns: Sequence[tuple[int, str]]) -> dict[str, Tensor]:
         """pixel_values and image_grid_thw of the pictures; input_ids and attention_mask [N, L] of turns, of which each
