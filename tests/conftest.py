@@ -29,3 +29,27 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("slow"):
             item.add_marker(pytest.mark.timeout(SLOW_TIMEOUT_S))
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
+    """Tokenizers of `tiny`, for a test's own parts of it."""
+    from parts_of_tiny import make_words
+
+    return make_words(tmp_path_factory.mktemp("words") / "words")
+
+
+@pytest.fixture(scope="module")
+def language(words, tmp_path_factory):
+    """A vision-language part that has hardly learned, its losses, and the batch that it learned from."""
+    from parts_of_tiny import make_language
+
+    return make_language(words, tmp_path_factory.mktemp("vlm"))
+
+
+@pytest.fixture(scope="module")
+def parts(language, tmp_path_factory):
+    """A folder of parts of `tiny` that the later ones build on."""
+    from parts_of_tiny import make_parts
+
+    return make_parts(language, tmp_path_factory.mktemp("parts"))

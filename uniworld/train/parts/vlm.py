@@ -35,13 +35,14 @@ from uniworld.train.parts.config import PartConfig
 from uniworld.train.parts.conversations import IGNORED, answer_weights, turns_of
 from uniworld.train.parts.dense import DenseHead, PlaceHead
 from uniworld.train.parts.grounding import GroundingHead
+from uniworld.train.parts.known import KnownHead
 from uniworld.train.parts.sizes import PREPROCESSOR, qwen_config
 from uniworld.train.parts.vlm_batches import NUM_TOKENS, POINTS_PER_SIDE, Batches
 from uniworld.train.parts.words import open_tokenizers, read_ids
 
 DENSE_WEIGHT = 0.2  # once answers are learned
 GROUNDING_WEIGHT, POINTING_WEIGHT = 0.3, 1.0  # beside answers, and before
-PLACE_WEIGHT = 0.5
+PLACE_WEIGHT, KNOWN_WEIGHT = 0.5, 0.3
 GROUNDED_LAYERS = (1, 2)  # of the language model: after them, counted from 0, is read which things are spoken of
 SCORED_AT_ONCE = 32
 
@@ -68,6 +69,7 @@ class VisionLanguage:
             heads[f"grounding{index}"] = GroundingHead(self.vlm.hidden_size, POINTS_PER_SIDE)
             self.vlm.model.model.language_model.layers[index].register_forward_hook(self._keep_layer(index))
         heads["place"] = PlaceHead(self.vlm.hidden_size, NUM_TOKENS)
+        heads["known"] = KnownHead(self.vlm.hidden_size)
         self.module: nn.Module = nn.ModuleDict({"vlm": self.vlm.model.requires_grad_(True), **heads})
         self.vlm.model.model.visual.register_forward_hook(self._keep_seen)
 
@@ -106,7 +108,9 @@ class VisionLanguage:
         pointing, told = self._read_asked(of_pictures, batch["asked"].to(device))
         if "labels" in batch:
             answers, right = self._answer(states, batch)
-            return answers + DENSE_WEIGHT * seeing + GROUNDING_WEIGHT * pointing, more | told | right
+            knowing, known = self._read_known(batch)
+            loss = answers + DENSE_WEIGHT * seeing + GROUNDING_WEIGHT * pointing + KNOWN_WEIGHT * knowing
+            return loss, more | told | right | known
         loss = seeing + POINTING_WEIGHT * pointing
         if "wanted" in batch:
             plan, planned = self._read_plan(states[of_pictures], batch["wanted"])
@@ -145,6 +149,12 @@ class VisionLanguage:
             place, right = self.module["place"](states)
             losses += [loss, PLACE_WEIGHT * place]
         return torch.stack(losses).sum(), told | {"place_right": right}
+
+    def _read_known(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """What is known of the things that each question speaks of, at the last token before its answer."""
+        before = (batch["labels"] != IGNORED).int().argmax(1) - 1
+        states = self._at_layer[GROUNDED_LAYERS[-1]][torch.arange(len(before)), before]
+        return self.module["known"](states, batch["known"])
 
     def _read_plan(self, states: Tensor, wanted: dict[str, Tensor]) -> tuple[Tensor, dict[str, float | Tensor]]:
         """What is to be at each place, from the last states of the pictures' tokens [all, D]; and which place it is, as

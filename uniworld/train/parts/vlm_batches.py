@@ -3,6 +3,7 @@
 Letters: B conversations, N short turns of a user, L tokens of the longest, P points along a picture's side.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import fields
@@ -15,9 +16,9 @@ from torch import Tensor
 
 from uniworld.data.scenes.edits import edits_of
 from uniworld.data.scenes.graph import Scene
-from uniworld.data.scenes.questions import Question, converse
+from uniworld.data.scenes.questions import COLOURLESS_STYLES, Question, ask, converse
 from uniworld.data.scenes.tasks import Item, make_item
-from uniworld.data.scenes.wording import wording
+from uniworld.data.scenes.wording import Wording, wording
 from uniworld.models.prompts import IMAGE, TURN_START, PromptProcessor
 from uniworld.train.parts.config import PartConfig
 from uniworld.train.parts.conversations import (
@@ -30,6 +31,7 @@ from uniworld.train.parts.conversations import (
 )
 from uniworld.train.parts.dense import changed_points, dense_labels
 from uniworld.train.parts.grounding import NO_QUESTION, ROLES, asked_labels, changed_labels, descriptions
+from uniworld.train.parts.known import known_labels
 from uniworld.train.parts.sizes import PREPROCESSOR, VLM_PX
 
 # Of five items three are questions; the others are what pictures are drawn from.
@@ -42,8 +44,12 @@ TOKENS_PER_SIDE = math.isqrt(VLM_PX) // (PREPROCESSOR["patch_size"] * PREPROCESS
 NUM_TOKENS, NUM_POINTS = TOKENS_PER_SIDE**2, TOKENS_PER_SIDE * POINTS_PER_SIDE  # of a picture, and along its side
 # Of each picture that is looked at, that edits are planned of, that is asked about: to see it costs as much as several.
 NUM_DESCRIPTIONS, NUM_EDITS, NUM_ASKED = 6, 5, 6
+# Of these questions so many compare two things: the last to be learned, and a quarter of the questions of any kind.
+NUM_COMPARING = 3
+COMPARING = ("relation", "what_at", "bigger", "smaller", "is_bigger", "same_colour", "more")
+TRIES = 4  # for every such question: not every scene has things of each kind to compare
 # Batches in turn, first of pictures alone and then with conversations: from these alone pointing is forgotten.
-FIRST_TURNS, LATER_TURNS = ("look", "plan"), ("converse", "look", "ask", "plan")
+FIRST_TURNS, LATER_TURNS = ("look", "plan"), ("converse", "ask", "plan", "ask", "look", "ask", "plan", "ask")
 
 
 class Batches:
@@ -58,7 +64,8 @@ class Batches:
         pictures; and asked uint8 [N, P, P, 3], of `asked_labels`. Edits have wanted, labels as of seen for the pictures
         that are asked for, and their `changed_points`. Turns about a picture have input_ids and attention_mask [N, L],
         and row int64 [N], which picture it is; conversations have the fields of VLMInputs, and wanted. Both have labels
-        [N, L] where there are answers: a token where it is part of one, else IGNORED.
+        [N, L] where there are answers: a token where it is part of one, else IGNORED. Single questions have known, of
+        `known_labels`.
         """
         turns = FIRST_TURNS if seeds.start < self.config.first_item + self.config.look_items else LATER_TURNS
         turn = turns[seeds.start // len(seeds) % len(turns)]
@@ -80,7 +87,7 @@ class Batches:
         for row, (item, scene) in enumerate(zip(items, scenes)):
             words = wording(item.language, np.random.default_rng((item.seed, NUM_DESCRIPTIONS)))
             for described in descriptions(scene, words, NUM_DESCRIPTIONS):
-                turns.append((row, f"{TURN_START}user\n{described.text}{IMAGE}"))
+                turns.append((row, _shown(described.text)))
                 pairs.append((scene, described))
         batch = self._short_turns([item.pictures[-1] for item in items], turns) | {"seen": self._labels(scenes)}
         return batch | {"asked": asked_labels(pairs, NUM_POINTS)} if pairs else batch
@@ -91,7 +98,7 @@ class Batches:
         for row, item in enumerate(items):
             words = wording(item.language, np.random.default_rng((item.seed, NUM_EDITS)))
             others = edits_of(scenes[row], words, NUM_EDITS - 1, split=item.split, language=item.language)
-            turns += [(row, f"{TURN_START}user\n{edit.instruction}{IMAGE}") for edit in (item.facts, *others)]
+            turns += [(row, _shown(edit.instruction)) for edit in (item.facts, *others)]
             afters += [edit.after for edit in (item.facts, *others)]
         seen, wanted = self._labels(scenes), self._labels(afters)
         before = seen["points"][[row for row, _ in turns]]
@@ -107,7 +114,7 @@ class Batches:
         turns, pairs = [], []
         for row, item in enumerate(items):
             scene, words = item.scenes[0], wording(item.language, np.random.default_rng((item.seed, NUM_ASKED)))
-            for question in (q for _ in range(NUM_ASKED) for q in converse(scene, words, item.split, 1)):
+            for question in _single_questions(scene, words, item.split):
                 if not question.kind.startswith("caption"):
                     turns.append((row, conversation_text(turns_of(question, with_picture=True))))
                     pairs.append((scene, question))
@@ -116,7 +123,7 @@ class Batches:
         if not pairs:
             return batch
         labels = answer_labels(batch["input_ids"], batch["attention_mask"], self.processor.tokens)
-        return batch | {"labels": labels, "asked": asked_labels(pairs, NUM_POINTS)}
+        return batch | {"labels": labels, "asked": asked_labels(pairs, NUM_POINTS), "known": known_labels(pairs)}
 
     def _short_turns(self, pictures: Sequence[np.ndarray], turns: Sequence[tuple[int, str]]) -> dict[str, Tensor]:
         """pixel_values and image_grid_thw of the pictures; input_ids and attention_mask [N, L] of turns, of which each
@@ -160,3 +167,17 @@ class Batches:
 
     def _labels(self, scenes: Sequence[Scene]) -> dict[str, Tensor]:
         return dense_labels(scenes, NUM_POINTS)
+
+
+def _single_questions(scene: Scene, words: Wording, split: str) -> list[Question]:
+    """NUM_ASKED, or fewer where the scene has no more to compare."""
+    found = [q for _ in range(NUM_ASKED - NUM_COMPARING) for q in converse(scene, words, split, 1)]
+    if scene.style in COLOURLESS_STYLES:
+        return found
+    tried = (ask(words.pick(COMPARING), scene, words, split) for _ in range(TRIES * NUM_COMPARING))
+    return found + list(itertools.islice((q for q in tried if q is not None), NUM_COMPARING))
+
+
+def _shown(text: str) -> str:
+    """A user's turn up to its picture: what comes behind does not change the states of the picture's tokens."""
+    return f"{TURN_START}user\n{text}{IMAGE}"

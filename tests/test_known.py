@@ -1,0 +1,94 @@
+"""What the VLM of `tiny` must know where an answer begins (`uniworld/train/parts/known.py`)."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from uniworld.data.scenes.descriptions import Description
+from uniworld.data.scenes.graph import COLOURS, MATERIALS, SHAPES, SIZES, Scene, Thing
+from uniworld.data.scenes.questions import Question
+from uniworld.train.parts.dense import POINT_CLASSES
+from uniworld.train.parts.known import KnownHead, known_labels
+
+SCENE = Scene(
+    things=(
+        Thing(shape="ball", colour="red", material="metal", size="large", x=-0.5, z=0.25),
+        Thing(shape="cube", colour="blue", x=0.5, z=1.0),
+        Thing(shape="cube", colour="red", size="small", x=0.0, z=0.5),
+    )
+)
+LEFT_OF = Question(
+    kind="relation",
+    text="Is the ball left of the cubes?",
+    answer="yes",
+    about=(Description(shape="ball"), Description(shape="cube")),
+    relation="left of",
+    value="yes",
+)
+BIGGER = Question(
+    kind="bigger",
+    text="Which is bigger, the ball or the blue cube?",
+    answer="the red ball",
+    about=(Description(shape="cube", colour="blue"), Description(shape="ball")),
+    value="red ball",
+)
+
+
+def classes(*attributes: str) -> list[int]:
+    return [1 + names.index(name) for names, name in zip((SHAPES, list(COLOURS), MATERIALS, SIZES), attributes)]
+
+
+def test_labels_are_of_the_things_that_a_question_speaks_of():
+    labels = known_labels([(SCENE, LEFT_OF), (SCENE, BIGGER)])
+    assert labels["number"].tolist() == [[1, 2, 0], [1, 1, 1]]
+    ball, cube = classes("ball", "red", "metal", "large"), classes("cube", "blue", "matte", "medium")
+    assert labels["things"].tolist() == [[ball, [0] * 4, [0] * 4], [cube, ball, ball]]
+    assert labels["place"].tolist() == [[[-0.5, -0.5], [0, 0], [0, 0]], [[0.5, 1], [-0.5, -0.5], [-0.5, -0.5]]]
+
+
+def test_many_things_count_as_three_at_most():
+    things = tuple(Thing(shape="ball", colour="red", x=x) for x in (-1, -0.5, 0, 0.5, 1))
+    question = Question(kind="count", text="How many balls?", answer="5", about=(Description(shape="ball"),), value="5")
+    assert known_labels([(Scene(things=things), question)])["number"].tolist() == [[3, 0, 0]]
+
+
+def test_the_loss_is_that_of_each_role_and_only_of_single_things():
+    """Against torch's losses, role by role, in fp64."""
+    torch.manual_seed(0)
+    head, states = KnownHead(16).double(), torch.randn(2, 16, dtype=torch.float64)
+    labels = known_labels([(SCENE, LEFT_OF), (SCENE, BIGGER)])
+    loss, logged = head(states, labels)
+    read = head.roles(F.layer_norm(states, (16,))).view(2, 3, -1).float()
+    every, single = [(n, r) for n in (0, 1) for r in range(3)], [(0, 0), (1, 0), (1, 1), (1, 2)]
+
+    def entropy(columns, name, pairs, column=...):
+        each = [F.cross_entropy(read[n, r, columns], labels[name][n, r][column].long()) for n, r in pairs]
+        return torch.stack(each).mean()
+
+    expected, start = entropy(slice(0, 4), "number", every), 4
+    for column, size in enumerate(POINT_CLASSES):
+        expected = expected + entropy(slice(start, start + size), "things", single, column)
+        start += size
+    squared = torch.stack([(read[n, r, start:] - labels["place"][n, r]).square().mean() for n, r in single]).mean()
+    assert float(loss) == pytest.approx(float(expected + 8 * squared), rel=1e-5)
+    assert float(logged["known_place_error"]) == pytest.approx(float(squared) ** 0.5, rel=1e-5)
+
+
+def test_it_reads_what_a_state_holds():
+    labels = known_labels([(SCENE, LEFT_OF), (SCENE, BIGGER)])
+    torch.manual_seed(0)
+    head, states = KnownHead(16), torch.randn(2, 16)
+    optimizer = torch.optim.Adam(head.parameters(), lr=0.05)
+    for _ in range(60):
+        loss, logged = head(states, labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    right = {name: float(value) for name, value in logged.items()}
+    assert right.pop("known_place_error") < 0.1 and set(right.values()) == {1.0}
+
+
+def test_questions_about_nothing_single_have_numbers_only():
+    question = Question(kind="style", text="What style?", answer="photo", value="photo")
+    loss, logged = KnownHead(16)(torch.randn(1, 16), known_labels([(SCENE, question)]))
+    assert set(logged) == {"known_number_right"} and float(loss.detach()) > 0

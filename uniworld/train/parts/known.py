@@ -1,0 +1,72 @@
+"""What has to be known of the things that a question speaks of, where its answer begins.
+
+Whether one thing stands left of another, is bigger, or has its colour: from yes and no alone that is learned very late.
+Who answers must have gathered, from all the picture, how many things play each of the roles of `grounding`, and of the
+one that plays it alone its attributes and its place; from these the answer is a small step. The scene graph says them,
+and a linear layer reads them from the state of the last token before the answer, in the middle of the language model.
+The layer is thrown away. It supervises what models that reason in words write down before they answer (Johnson et al.,
+2017, CLEVR, section 3: the functional program of a question).
+
+Letters: N questions, L tokens of the longest, D width of a state, R = 3 roles.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from uniworld.data.scenes.graph import Scene
+from uniworld.data.scenes.questions import Question
+from uniworld.train.parts.dense import NOTHING, OF_A_THING, POINT_CLASSES
+from uniworld.train.parts.grounding import ROLES, things_of
+
+MAX_NUMBER = 3  # and more
+PLACE_WEIGHT = 8.0  # of squared errors, whose sides are nearer than 0.1 to one another
+
+
+def known_labels(pairs: Sequence[tuple[Scene, Question]]) -> dict[str, Tensor]:
+    """number uint8 [N, R]: how many things play each role, MAX_NUMBER at most. things uint8 [N, R, 4]: classes of
+    OF_A_THING, NOTHING where not one alone plays it. place fp32 [N, R, 2]: of that one, x and z, both -1 to 1."""
+    number = torch.zeros(len(pairs), len(ROLES), dtype=torch.uint8)
+    things = torch.full((len(pairs), len(ROLES), len(OF_A_THING)), NOTHING, dtype=torch.uint8)
+    place = torch.zeros(len(pairs), len(ROLES), 2)
+    for row, (scene, question) in enumerate(pairs):
+        for role, players in enumerate(things_of(question, scene)):
+            number[row, role] = min(len(players), MAX_NUMBER)
+            if len(players) == 1:
+                thing = scene.things[players[0]]
+                classes = [1 + names.index(getattr(thing, field)) for field, names in OF_A_THING.items()]
+                things[row, role] = torch.tensor(classes, dtype=torch.uint8)
+                place[row, role] = torch.tensor([thing.x, 2 * thing.z - 1])
+    return {"number": number, "things": things, "place": place}
+
+
+class KnownHead(nn.Module):
+    """Reads `known_labels` from states [N, D]."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.sizes = (1 + MAX_NUMBER, *POINT_CLASSES, 2)
+        self.norm = nn.LayerNorm(dim)
+        self.roles = nn.Linear(dim, len(ROLES) * sum(self.sizes))
+
+    def forward(self, states: Tensor, labels: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss: cross-entropies of number and attributes and the squared error of the place, summed over them, the
+        last two over the roles that one thing plays. And what to log: how many numbers and attributes are read rightly,
+        and the place's root mean squared error."""
+        number, *attributes, place = (
+            self.roles(self.norm(states)).unflatten(-1, (len(ROLES), -1)).float().split(self.sizes, dim=-1)
+        )
+        labels = {name: label.to(states.device) for name, label in labels.items()}
+        wanted = labels["number"].long()
+        loss = F.cross_entropy(number.flatten(0, 1), wanted.flatten())
+        right = {"known_number_right": (number.detach().argmax(-1) == wanted).float().mean()}
+        alone = labels["things"][..., 0] != NOTHING
+        if not alone.any():
+            return loss, right
+        for name, logits, label in zip(OF_A_THING, attributes, labels["things"].long().unbind(-1)):
+            loss = loss + F.cross_entropy(logits[alone], label[alone])
+            right[f"known_{name}_right"] = (logits.detach().argmax(-1) == label)[alone].float().mean()
+        squared = (place - labels["place"])[alone].square().mean()
+        return loss + PLACE_WEIGHT * squared, right | {"known_place_error": squared.detach().sqrt()}
