@@ -4,6 +4,7 @@ import json
 from dataclasses import fields
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from parts_of_tiny import ROOT, overfit, part_config
@@ -13,7 +14,9 @@ from safetensors.torch import load_file
 from uniworld.checkpoint import tiny
 from uniworld.checkpoint.names import VLM, authors_names
 from uniworld.data.scenes import edits
+from uniworld.data.scenes.questions import KINDS
 from uniworld.data.scenes.tasks import make_item
+from uniworld.data.scenes.wording import wording
 from uniworld.models.prompts import ANSWER_START, VLMInputs
 from uniworld.models.tokenizers import load_tokenizer
 from uniworld.models.vlm import VisionLanguageModel
@@ -99,12 +102,25 @@ def test_many_questions_about_a_picture_are_asked_at_once(words, tmp_path):
             assert torch.equal(inputs.input_ids[0], batch["input_ids"][row, :length])
             alone = part.vlm.states(inputs).hidden_states[0]
             assert torch.allclose(states[row, :length], alone, atol=1e-4)
-    with mock.patch.object(vlm_batches, "converse", return_value=()):  # of few pictures there may be nothing to ask
-        alone = part.make(range(10, 11))
+    with mock.patch.object(vlm_batches, "_single_questions", return_value=[]):  # of few pictures nothing may be asked
+        alone = part.make(range(9, 10))
     assert alone.keys() == {"pixel_values", "image_grid_thw", "seen"} and float(part.loss(alone, None)[0].detach()) > 0
     logged = overfit(part, batch, num_steps=40, lr=3e-3)
     assert logged[-1][1]["answers"] < 0.6 * logged[0][1]["answers"], logged[::8]
     assert logged[-1][1]["known_number_right"] > 0.8 > logged[0][1]["known_number_right"], logged[::8]
+
+
+def test_half_of_the_single_questions_compare_two_things():
+    counts = dict.fromkeys(KINDS, 0)
+    for seed in range(60):
+        item = make_item("understanding", seed, "train", size_px=16)
+        words = wording(item.language, np.random.default_rng(seed))
+        asked = vlm_batches._single_questions(item.scenes[0], words, item.split)
+        assert len(asked) <= vlm_batches.NUM_ASKED
+        for question in asked:
+            counts[question.kind] += 1
+    share = sum(counts[kind] for kind in vlm_batches.COMPARING) / sum(counts.values())
+    assert 0.45 < share < 0.6 and min(counts[kind] for kind in vlm_batches.COMPARING) > 5, counts
 
 
 def test_states_of_pictures_say_what_is_to_be_where(language):
