@@ -107,7 +107,7 @@ def test_many_questions_about_a_picture_are_asked_at_once(words, tmp_path):
     assert alone.keys() == {"pixel_values", "image_grid_thw", "seen"} and float(part.loss(alone, None)[0].detach()) > 0
     logged = overfit(part, batch, num_steps=40, lr=3e-3)
     assert logged[-1][1]["answers"] < 0.6 * logged[0][1]["answers"], logged[::8]
-    assert logged[-1][1]["known_number_right"] > 0.8 > logged[0][1]["known_number_right"], logged[::8]
+    assert logged[-1][1]["known_number_right"] > 0.6 > 0.5 > logged[0][1]["known_number_right"], logged[::8]
 
 
 def test_half_of_the_single_questions_compare_two_things():
