@@ -218,7 +218,8 @@ def test_states_of_queries_are_those_of_tokens_at_the_end_of_the_prompt(model, p
     upstream = torch.randn(found.shape, generator=torch.Generator().manual_seed(0))
     (gradient,) = torch.autograd.grad((found * upstream).sum(), queries.weight)
     (expected_gradient,) = torch.autograd.grad((expected * upstream).sum(), table)
-    torch.testing.assert_close(gradient, expected_gradient[-NUM:], atol=1e-3, rtol=1e-3)
+    error = (gradient - expected_gradient[-NUM:]).norm() / expected_gradient[-NUM:].norm()
+    assert float(error) < 1e-4  # of trained weights some gradients are 10^5 times as large as others
     assert gradient.abs().max() > 0
 
 
