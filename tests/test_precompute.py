@@ -404,4 +404,4 @@ def test_training_from_a_cache_has_the_losses_of_live_training(data, tmp_path):
         records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         losses.append([r[key] for r in records for key in ("step", "loss", "grad_norm")])
     # Batches are encoded together live and one by one in the cache, which rounds otherwise on some CPUs.
-    assert len(losses[0]) == 12 and losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert len(losses[0]) == 12 and losses[1] == pytest.approx(losses[0], rel=1e-4)
