@@ -1,7 +1,6 @@
 """Which things a question speaks of: labels from the scene graph, and what a head reads."""
 
 import dataclasses
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -16,7 +15,6 @@ from uniworld.data.scenes.render import geometry
 from uniworld.data.scenes.tasks import make_item
 from uniworld.data.scenes.wording import wording
 from uniworld.models.prompts import IMAGE
-from uniworld.train.parts import words as parts_words
 from uniworld.train.parts.config import PartConfig
 from uniworld.train.parts.dense import changed_points, dense_labels
 from uniworld.train.parts.grounding import (
@@ -43,12 +41,11 @@ RED, BLUE, BALLS = Description(colour="red"), Description(colour="blue"), Descri
 
 
 @pytest.fixture(scope="module")
-def pointing(tmp_path_factory):
+def pointing(words, tmp_path_factory):
     """A fresh VLM, a batch of descriptions, and the items they are of."""
     folder = tmp_path_factory.mktemp("pointing")
-    config = PartConfig(part="vlm", run_dir=str(folder), words=str(folder / "words"), num_steps=1, look_items=3)
-    with mock.patch.object(parts_words, "texts", lambda: parts_words.learned_texts(100)):
-        part = VisionLanguage(config)
+    config = PartConfig(part="vlm", run_dir=str(folder), words=str(words), num_steps=1, look_items=3)
+    part = VisionLanguage(config)
     items = [make_item(SEEN_TASKS[seed], seed) for seed in range(3)]
     return part, part.make(range(3)), items
 

@@ -40,7 +40,7 @@ def dense_labels(scenes: Sequence[Scene], num_points: int) -> dict[str, Tensor]:
     points, surface = [], []
     for scene in scenes:
         ids, depth, normal, _ = geometry_at(scene, num_points)
-        points.append(_of_things(scene)[ids])
+        points.append(of_things(scene)[ids])
         surface.append(np.concatenate([normal, (depth[..., None] - MIDDLE_DEPTH) / DEPTH_SPREAD], -1))
     whole = [[names.index(getattr(scene, field)) for field, names in OF_A_SCENE.items()] for scene in scenes]
     return {
@@ -97,7 +97,7 @@ class SaidHead(nn.Module):
         return loss, (logits.detach() > 0)[there].float().mean()
 
 
-def _of_things(scene: Scene) -> np.ndarray:
+def of_things(scene: Scene) -> np.ndarray:
     """uint8 [1 + things, 4]: the classes of nothing, then of each thing."""
     rows = [[1 + names.index(getattr(thing, field)) for field, names in OF_A_THING.items()] for thing in scene.things]
     return np.array([[NOTHING] * len(OF_A_THING), *rows], np.uint8)

@@ -7,7 +7,7 @@ and a linear layer reads them from the state of the last token before the answer
 The layer is thrown away. It supervises what models that reason in words write down before they answer (Johnson et al.,
 2017, CLEVR, section 3: the functional program of a question).
 
-Letters: N questions, L tokens of the longest, D width of a state, R = 3 roles.
+Letters: N questions, D width of a state, R = 3 roles.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from uniworld.data.scenes.graph import Scene
 from uniworld.data.scenes.questions import Question
-from uniworld.train.parts.dense import NOTHING, OF_A_THING, POINT_CLASSES
+from uniworld.train.parts.dense import NOTHING, OF_A_THING, POINT_CLASSES, of_things
 from uniworld.train.parts.grounding import ROLES, things_of
 
 MAX_NUMBER = 3  # and more
@@ -32,12 +32,12 @@ def known_labels(pairs: Sequence[tuple[Scene, Question]]) -> dict[str, Tensor]:
     things = torch.full((len(pairs), len(ROLES), len(OF_A_THING)), NOTHING, dtype=torch.uint8)
     place = torch.zeros(len(pairs), len(ROLES), 2)
     for row, (scene, question) in enumerate(pairs):
+        classes = torch.from_numpy(of_things(scene))
         for role, players in enumerate(things_of(question, scene)):
             number[row, role] = min(len(players), MAX_NUMBER)
             if len(players) == 1:
                 thing = scene.things[players[0]]
-                classes = [1 + names.index(getattr(thing, field)) for field, names in OF_A_THING.items()]
-                things[row, role] = torch.tensor(classes, dtype=torch.uint8)
+                things[row, role] = classes[1 + players[0]]
                 place[row, role] = torch.tensor([thing.x, 2 * thing.z - 1])
     return {"number": number, "things": things, "place": place}
 
@@ -62,7 +62,7 @@ class KnownHead(nn.Module):
         wanted = labels["number"].long()
         loss = F.cross_entropy(number.flatten(0, 1), wanted.flatten())
         right = {"known_number_right": (number.detach().argmax(-1) == wanted).float().mean()}
-        alone = labels["things"][..., 0] != NOTHING
+        alone = wanted == 1
         if not alone.any():
             return loss, right
         for name, logits, label in zip(OF_A_THING, attributes, labels["things"].long().unbind(-1)):
