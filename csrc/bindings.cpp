@@ -38,7 +38,9 @@ PYBIND11_MODULE(_core, m) {
       "For tests: at most 2 AVX-512, 1 AVX2 or 0 the baseline from now on. Returns what was in use.");
   uniworld::bind_adaln_modulate(m);
   uniworld::bind_attention_bf16(m);
+  uniworld::bind_attention_bf16_backward(m);
   uniworld::bind_gate_residual(m);
+  uniworld::bind_gelu(m);
   uniworld::bind_qk_norm_rope(m);
   uniworld::bind_ema_update(m);
   uniworld::bind_region_mask(m);

@@ -42,7 +42,9 @@ T* pointer(uintptr_t address) { return reinterpret_cast<T*>(address); }
 // One hook a source file; bindings.cpp calls them all.
 void bind_adaln_modulate(pybind11::module_& m);
 void bind_attention_bf16(pybind11::module_& m);
+void bind_attention_bf16_backward(pybind11::module_& m);
 void bind_gate_residual(pybind11::module_& m);
+void bind_gelu(pybind11::module_& m);
 void bind_qk_norm_rope(pybind11::module_& m);
 void bind_ema_update(pybind11::module_& m);
 void bind_region_mask(pybind11::module_& m);

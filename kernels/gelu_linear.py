@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from uniworld.kernels.gelu import gelu
 from uniworld.kernels.linear_epilogue import (
     LARGE_TILE,
     ONEDNN,
@@ -46,7 +47,9 @@ def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     if not x.dtype == weight.dtype == bias.dtype:
         raise ValueError(f"dtype of weight, bias={weight.dtype}, {bias.dtype}: must be that of x, {x.dtype}")
     needs_gradient = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or bias.requires_grad)
-    if needs_gradient or backend_for(x, cpp=ONEDNN) == "torch":
+    if needs_gradient:
+        return gelu(F.linear(x, weight, bias))
+    if backend_for(x, cpp=ONEDNN) == "torch":
         return gelu_linear_reference(x, weight, bias)
     return _forward_op(x, weight, bias)
 

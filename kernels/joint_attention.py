@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from uniworld.kernels.attention_backends import RAGGED, AttentionChoice, attend, choose_backend, lengths_tensor
+from uniworld.kernels.attention_bf16 import attention_bf16
 from uniworld.kernels.registry import Op, backend_for, register
 from uniworld.kernels.varlen_attention import varlen_attention, varlen_attention_reference
 
@@ -27,8 +28,8 @@ def joint_attention(
 
     Returns: [B, S, H, Dh], dtype of q; rows past a sample's length are zero. A batch of unequal lengths equals each
     sample alone: "auto" may take another backend for it (`RAGGED_ORDER`), and one without a call for unequal lengths
-    runs once a sample, as all do where gradients are needed. The gradient is the backend's own; "triton" has none, and
-    "cpu_bf16" leaves calls that need one to "sdpa" in fp32.
+    runs once a sample, as all but "cpu_bf16" do where gradients are needed. The gradient is the backend's own;
+    "triton" has none.
 
     Raises:
         ValueError: shapes or lengths do not fit, the backend cannot run here, or "triton" would need a gradient.
@@ -40,8 +41,8 @@ def joint_attention(
         if needs_gradient:
             raise ValueError("attention='triton': has no backward pass; choose another backend for training")
         return varlen_attention(q, k, v, lengths_tensor(lengths or (q.shape[1],) * q.shape[0], q.device))
-    if name == "cpu_bf16" and needs_gradient:  # it has no backward pass, and torch's is slower in bf16 without AMX
-        return joint_attention(q.float(), k.float(), v.float(), lengths, "sdpa").to(q.dtype)
+    if name == "cpu_bf16":
+        return attention_bf16(q, k, v, lengths)
     if lengths is None:
         return attend(name, q, k, v)
     if len(set(lengths)) > 1 and not needs_gradient:

@@ -22,8 +22,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 def fuses_bias(*operands: Tensor) -> bool:
     """Whether `linear` on these takes oneDNN's GEMM with a bias."""
-    if torch.is_grad_enabled() and any(t.requires_grad for t in operands):
-        return False
+    return not (torch.is_grad_enabled() and any(t.requires_grad for t in operands)) and takes_onednn(*operands)
+
+
+def takes_onednn(*operands: Tensor) -> bool:
+    """Whether oneDNN multiplies these for us: bf16 on a CPU, and no other backend is forced."""
     if any(t.dtype != torch.bfloat16 or t.device.type != "cpu" for t in operands):
         return False
     return backend_for(operands[0], cpp=ONEDNN) == "cpp"

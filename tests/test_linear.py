@@ -60,6 +60,25 @@ def test_a_pair_is_one_product_without_amx(monkeypatch):
     assert error(y, x, weight, bias) <= error(plain, x, weight, bias)
 
 
+@needs_onednn
+def test_gradients_of_a_pair(monkeypatch):
+    """One product's, at least as near to fp64 as those of two."""
+    monkeypatch.setattr(extension, "CPU_FEATURES", frozenset())
+    x, weight, bias = (t.requires_grad_() for t in make_inputs(2, 37, 64))
+    dout = torch.randn(2, 37, len(bias)).bfloat16()
+
+    def gradients(*inputs):
+        out = linear_of_pair(inputs[0][..., :24], inputs[0][..., 24:], *inputs[1:])
+        return torch.autograd.grad(out, inputs, dout.to(out.dtype))
+
+    ours = gradients(x, weight, bias)
+    truth = gradients(*(t.detach().double().requires_grad_() for t in (x, weight, bias)))
+    with use_backend("torch"):
+        plain = gradients(x, weight, bias)
+    for a, b, exact in zip(ours, plain, truth):
+        assert (a.double() - exact).norm() <= 1.01 * (b.double() - exact).norm()
+
+
 def test_not_where_a_gradient_is_needed_nor_in_another_dtype():
     x, weight, bias = make_inputs(5, 64)
     weight.requires_grad_()

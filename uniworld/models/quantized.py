@@ -15,8 +15,9 @@ from uniworld.kernels.adaln_fp8 import adaln_modulate_fp8, gate_residual_adaln_f
 from uniworld.kernels.adaln_modulate import adaln_modulate
 from uniworld.kernels.fp8_linear import fp8_linear
 from uniworld.kernels.gate_residual import gate_residual_adaln
+from uniworld.kernels.gelu import gelu
 from uniworld.kernels.gelu_linear import gelu_linear
-from uniworld.kernels.linear import fuses_bias, linear
+from uniworld.kernels.linear import linear, takes_onednn
 from uniworld.kernels.quantize_rows import E4M3, QuantizedRows, quantize_rows
 
 NF4_BLOCK = 64  # consecutive weights that share a scale
@@ -114,7 +115,7 @@ def gelu_of_linear(linear: nn.Module, x: Normed) -> Tensor:
     """GELU(linear(x)), [..., K] -> [..., N]; in one op where the weight is dense. Others (e4m3, LoRA) are called."""
     if isinstance(linear, nn.Linear | Nf4Linear):
         return gelu_linear(x, dense_weight(linear), linear.bias)
-    return F.gelu(linear(x), approximate="tanh")
+    return gelu(linear(x))
 
 
 def linear_of_both(attn: Tensor, mlp: nn.Module, x: Normed, out: nn.Module) -> Tensor:
@@ -133,11 +134,12 @@ def linear_of_both(attn: Tensor, mlp: nn.Module, x: Normed, out: nn.Module) -> T
 def linear_of_pair(a: Tensor, b: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """`linear(cat([a, b], -1))` without the copy: the second product is added into the first.
 
-    On a CPU in bf16 without AMX the copy costs less than a second product does, and the result is rounded once.
+    On a CPU in bf16 without AMX the copy costs less than a second product and gradients of parts of a weight do, and
+    the result is rounded once.
 
     a: [B, L, D_a]; b: [B, L, D_b]; weight: [N, D_a + D_b]; bias: [N] -> [B, L, N].
     """
-    if fuses_bias(a, b, weight, bias) and "amx_bf16" not in extension.CPU_FEATURES:
+    if takes_onednn(a, b, weight, bias) and "amx_bf16" not in extension.CPU_FEATURES:
         return linear(torch.cat([a, b], dim=-1), weight, bias)
     weight_a, weight_b = weight[:, : a.shape[-1]], weight[:, a.shape[-1] :]
     first = F.linear(a, weight_a, bias)

@@ -31,7 +31,7 @@ from uniworld.train.model import EncodedBatch
 from uniworld.train.stages import inserts_siglip
 
 MANIFEST, INDEX, COMMON = "manifest.json", "index.npz", "common.safetensors"
-MAX_OPEN_SHARDS = 64
+MAX_OPEN_SHARDS = 1024  # each a mapping of memory and its parsed header; to open one takes longer than to read a batch
 
 
 @dataclass(frozen=True)
