@@ -100,7 +100,7 @@ def train_tiny(
         Path | None,
         typer.Option(metavar="DIR", help="Parts that are not trained again.", show_default=False),
     ] = None,
-    num: Annotated[int, typer.Option(min=1, metavar="N", help="Items that stages 1 and 2 learn from.")] = 32_000,
+    num: Annotated[int, typer.Option(min=1, metavar="N", help="Items that stages 1 and 2 learn from.")] = 96_000,
     show_steps: Annotated[bool, typer.Option("--steps", help="List the steps and which are done; run none.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing of the steps.")] = False,
 ) -> int:

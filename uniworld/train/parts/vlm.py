@@ -31,6 +31,7 @@ from uniworld.models.prompts import PromptProcessor, VLMInputs
 from uniworld.models.tokenizers import load_tokenizer
 from uniworld.models.vision_processor import VisionProcessor
 from uniworld.models.vlm import VisionLanguageModel, rope_index
+from uniworld.train.parts.attention import use_fast_attention
 from uniworld.train.parts.config import PartConfig
 from uniworld.train.parts.conversations import IGNORED, answer_weights, turns_of
 from uniworld.train.parts.dense import DenseHead, PlaceHead
@@ -63,6 +64,7 @@ class VisionLanguage:
             self.vlm = VisionLanguageModel.from_config(qwen_config(read_ids(words, "qwen")))
         else:
             self.vlm = load_vlm(Path(config.start))
+        use_fast_attention(self.vlm.model)
         heads: dict[str, nn.Module] = {n: DenseHead(self.vlm.hidden_size, POINTS_PER_SIDE) for n in ("dense", "wanted")}
         self._at_layer: dict[int, Tensor] = {}
         for index in GROUNDED_LAYERS:
