@@ -13,6 +13,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from uniworld.config import TrainConfig, from_dict
+from uniworld.kernels import extension
 from uniworld.models.flux import FluxConfig
 from uniworld.train import sharding
 from uniworld.train.blocks import prepare_blocks
@@ -70,7 +71,9 @@ def build(config: TrainConfig, world: sharding.World) -> tuple[sharding.Sharded,
         FluxTransformer(SHAPE.denoiser), Connector(*SHAPE.denoise_projector), Connector(*SHAPE.siglip_projector)
     )
     torch.set_default_dtype(torch.float32)
-    model.denoiser.attention_backend = "sdpa"  # as the planner assumes, whichever CPU this is
+    # As the planner assumes, whichever CPU this is: with AMX nothing of a single block is copied together.
+    model.denoiser.attention_backend = "sdpa"
+    extension.CPU_FEATURES = frozenset({"amx_bf16"})
     if config.model.lora_rank is not None:
         add_lora(model.denoiser, config.model.lora_rank)
     freeze_except(model, patterns_of(config))

@@ -16,11 +16,11 @@ NAME = "sdpa_fp32"
 
 
 def sdpa_fp32(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options
 ) -> tuple[Tensor, None]:
     """transformers' "sdpa" of fp32 copies; q, k, v [B, H, S, Dh], returns [B, S, H, Dh] in the dtype of q."""
     with torch.autocast(query.device.type, enabled=False):
-        out, _ = sdpa_attention_forward(module, query.float(), key.float(), value.float(), mask, **options)
+        out, _ = sdpa_attention_forward(module, query.float(), key.float(), value.float(), attention_mask, **options)
     return out.to(query.dtype), None
 
 
