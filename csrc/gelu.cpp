@@ -24,8 +24,12 @@ UNIWORLD_INLINE V power_of_two(const V& x) {
   y = y * part + 2.402264476e-1f;
   y = y * part + 6.931472028e-1f;
   y = y * part + 1.f;
-  const Bits exponent = (reinterpret_cast<const Bits&>(shifted) << 23) + 0x3f800000u;
-  return y * reinterpret_cast<const V&>(exponent);
+  Bits exponent;
+  std::memcpy(&exponent, &shifted, sizeof(exponent));
+  exponent = (exponent << 23) + 0x3f800000u;
+  V power;
+  std::memcpy(&power, &exponent, sizeof(power));
+  return y * power;
 }
 
 // sigmoid(z), 1 - sigmoid(z) and dz/dx of one x.
@@ -50,44 +54,25 @@ struct Gate {
 struct Forward {
   template <int W, typename T>
   static UNIWORLD_INLINE void run(const T* x, T* out, int64_t D) {
-    using V = typename Vector<W>::Floats;
-    int64_t i = 0;
-    for (; i + W <= D; i += W) store(out + i, V(get<V>(x + i) * Gate<V>(get<V>(x + i)).sigmoid));
-    if (i < D) last<W>(x + i, out + i, D - i);
-  }
-
-  // The last D < W channels, filled up with zeros.
-  template <int W, typename T>
-  static UNIWORLD_INLINE void last(const T* x, T* out, int64_t D) {
-    using V = typename Vector<W>::Floats;
-    T in[W] = {}, y[W];
-    std::copy_n(x, D, in);
-    store(y, V(get<V>(in) * Gate<V>(get<V>(in)).sigmoid));
-    std::copy_n(y, D, out);
+    for_channels<W>(D, UNIWORLD_BODY {
+      using V = decltype(zero);
+      const V value = get<V>(x + i);
+      const V y = value * Gate<V>(value).sigmoid;
+      store(out + i, y);
+    });
   }
 };
 
 struct Backward {
   template <int W, typename T>
   static UNIWORLD_INLINE void run(const T* dout, const T* x, T* dx, int64_t D) {
-    int64_t i = 0;
-    for (; i + W <= D; i += W) vector<W>(dout + i, x + i, dx + i);
-    if (i < D) {
-      T d[W] = {}, in[W] = {}, out[W];
-      std::copy_n(dout + i, D - i, d);
-      std::copy_n(x + i, D - i, in);
-      vector<W>(d, in, out);
-      std::copy_n(out, D - i, dx + i);
-    }
-  }
-
-  template <int W, typename T>
-  static UNIWORLD_INLINE void vector(const T* dout, const T* x, T* dx) {
-    using V = typename Vector<W>::Floats;
-    const V value = get<V>(x);
-    const Gate<V> gate(value);
-    const V slope = gate.sigmoid * (1.f + value * gate.rest * gate.slope);
-    store(dx, V(get<V>(dout) * slope));
+    for_channels<W>(D, UNIWORLD_BODY {
+      using V = decltype(zero);
+      const V value = get<V>(x + i);
+      const Gate<V> gate(value);
+      const V d = get<V>(dout + i) * gate.sigmoid * (1.f + value * gate.rest * gate.slope);
+      store(dx + i, d);
+    });
   }
 };
 
