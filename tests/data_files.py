@@ -47,6 +47,7 @@ def write_authors(
     name: str = "edits",
     need_weight: bool = True,
     num_words: int | None = None,
+    focus: list | None = None,
 ) -> Path:
     """A `data.txt` with one annotation file; sample i has `num_references[i]` inputs and size `sizes[i % len]`.
 
@@ -64,7 +65,8 @@ def write_authors(
             base.save(images / names[-1])
         (edited(base) if n else base).save(images / f"{i}.png")
         text = caption(rng, num_words or int(rng.integers(1, 12)))
-        records.append({"image": [*names, f"{i}.png"], "conversations": turns(text, n)})
+        more = {} if focus is None else {"focus": focus}
+        records.append({"image": [*names, f"{i}.png"], "conversations": turns(text, n)} | more)
     (folder / f"{name}.json").write_text(json.dumps(records))
     with (folder / "data.txt").open("a") as file:
         file.write(f"{name}-images,{name}.json,{str(need_weight).lower()}\n")

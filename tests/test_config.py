@@ -100,6 +100,7 @@ def test_a_resolved_config_reads_back_equal(file):
         ({"log_every_steps": 0}, "log_every_steps=0: must be at least 1"),
         ({"optim": {"warmup_steps": -1}}, "optim.warmup_steps=-1: must be at least 0"),
         ({"validation": {"every_steps": -1}}, "validation.every_steps=-1: must be at least 0"),
+        ({"data": {"focus_weight": 0.5}}, "data.focus_weight=0.5: must be from 1 to 1000"),
         ({"data": {"drop_t5_rate": 2}}, "data.drop_t5_rate=2.0: must be from 0 to 1"),
         ({"stage": {"preset": "lora"}}, "stage.preset=lora: needs model.lora_rank"),
         ({"ema": {"decay": 1.5}}, "ema.decay=1.5: must be from 0 to 1"),

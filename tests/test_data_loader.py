@@ -152,6 +152,31 @@ def test_weights_only_where_wanted(tmp_path, processor):
     assert linear.max() == pytest.approx(4.0)  # a quarter is edited
 
 
+def test_what_a_sample_focuses_on_counts_at_least_so_much(tmp_path, processor):
+    """The region's own weight where it is greater; text to image too; nothing without `focus_weight`."""
+    edits = write_authors(tmp_path / "edits", [1] * 4, focus=[[0.5, 0.75, 1, 1]])
+    plain = next(Loader(data_config(edits, batch_size=4), processor=processor)).region_weight
+    focused = next(Loader(data_config(edits, batch_size=4, focus_weight=2.5), processor=processor)).region_weight
+    in_box = torch.zeros(plain.shape[2:], dtype=torch.bool)
+    in_box[6:, 4:] = True  # the region is above
+    assert torch.equal(focused, torch.where(in_box, plain.clamp(min=2.5), plain)) and not torch.equal(focused, plain)
+    drawn = write_authors(tmp_path / "drawn", [0] * 4, focus=[[0.5, 0.75, 1, 1]])
+    weight = next(Loader(data_config(drawn, batch_size=4, focus_weight=2.5), processor=processor)).region_weight
+    assert torch.equal(weight, torch.where(in_box, 2.5, 1.0).expand_as(weight))
+    assert next(Loader(data_config(drawn, batch_size=4), processor=processor)).region_weight is None
+
+
+def test_a_focus_is_cut_as_its_picture_is(tmp_path, processor):
+    """Of a picture twice as wide as it is high the left and the right quarter are cut off."""
+    data = write_authors(tmp_path / "wide", [0], sizes=((128, 64),), focus=[[0, 0, 0.5, 1]])
+    fits = {"num_ratios": 1, "focus_weight": 3.0}
+    stretched = next(Loader(data_config(data, **fits), processor=processor)).region_weight[0, 0]
+    assert stretched.shape[0] == stretched.shape[1] and stretched.mean(0).tolist() == [3, 3, 3, 3, 1, 1, 1, 1]
+    data = write_authors(tmp_path / "left", [0], sizes=((128, 64),), focus=[[0, 0, 0.375, 1]])
+    cut = next(Loader(data_config(data, target_fit="crop", **fits), processor=processor)).region_weight[0, 0]
+    assert cut.mean(0).tolist() == [3, 3, 1, 1, 1, 1, 1, 1]  # 0.375 of the whole is a quarter of the middle half
+
+
 # Equal cost over ranks
 
 

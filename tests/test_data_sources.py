@@ -73,6 +73,10 @@ def test_authors_lines(tmp_path, monkeypatch):
             open_source(SourceConfig(path=str(data)))
 
 
+def focused(focus):
+    return {"image": "a.png", "conversations": turns("x"), "focus": focus}
+
+
 MISTAKES = {
     "no turns": ({"image": "a.png"}, "conversations=None: must be a list"),
     "a role": ({"image": "a.png", "conversations": [{"from": "user", "value": "x"}]}, "must be one of human, gpt"),
@@ -89,6 +93,12 @@ MISTAKES = {
     "no human": ({"image": "a.png", "conversations": turns("x")[1:]}, "must have a human turn"),
     "a list": ([1, 2], "must be an object"),
     "need_weight": ({"image": "a.png", "conversations": turns("x"), "need_weight": 3}, "need_weight=3"),
+    "no boxes": (focused("face"), "focus='face': must be a list of at most 256 boxes"),
+    "too many boxes": (focused([[0, 0, 1, 1]] * 257), "must be a list of at most 256 boxes"),
+    "three edges": (focused([[0, 0, 1, 1], [0, 0, 1]]), r"focus\[1\]=.0, 0, 1.: must be left, upper, right, lower"),
+    "pixels": (focused([[10, 10, 60, 60]]), "in that order from 0 to 1"),
+    "edges in another order": (focused([[0.5, 0, 0.2, 1]]), "in that order from 0 to 1"),
+    "words for numbers": (focused([["0", "0", "1", "1"]]), "in that order from 0 to 1"),
 }
 
 
@@ -128,7 +138,7 @@ def test_shards_against_webdataset(tmp_path):
     samples = write_samples(5, np.random.default_rng(0))
     with webdataset.ShardWriter(f"{tmp_path}/shard-%03d.tar", maxcount=2, verbose=0) as writer:
         for i, (base, target, text) in enumerate(samples):
-            annotation = {"conversations": turns(text, 1), "need_weight": i != 3}
+            annotation = {"conversations": turns(text, 1), "need_weight": i != 3, "focus": [[0, 0.25, 0.5, 1]] * i}
             writer.write({"__key__": f"s/{i:03d}", "0.png": base, "1.png": target, "json": annotation})
     for path in (f"{tmp_path}/shard-{{000..002}}.tar", str(tmp_path), f"{tmp_path}/shard-*.tar"):
         source = only(path)
@@ -138,7 +148,7 @@ def test_shards_against_webdataset(tmp_path):
         sample = source[i]
         assert sample.id == f"shard-{i // 2:03d}.tar:{expected['__key__']}"
         assert list(sample.conversations) == json.loads(expected["json"])["conversations"]
-        assert sample.need_weight == (i != 3)
+        assert sample.need_weight == (i != 3) and sample.focus == ((0.0, 0.25, 0.5, 1.0),) * i
         for mine, data in ((sample.references[0], expected["0.png"]), (sample.target, expected["1.png"])):
             assert mine.size() == (64, 80)
             assert np.array_equal(pixels(mine.read()), pixels(Image.open(io.BytesIO(data))))
@@ -206,6 +216,7 @@ def test_table_of_the_authors_columns(tmp_path):
         "image": [[base, target] for base, target, _ in samples],
         "conversations": [turns(text, 1) for _, _, text in samples],
         "need_weight": [True, False, None],
+        "focus": [[[0.0, 0.25, 0.5, 1.0]], [], None],
         "unrelated": [1, 2, 3],
     }
     features = datasets.Features(
@@ -213,6 +224,7 @@ def test_table_of_the_authors_columns(tmp_path):
             "image": datasets.List(datasets.Image()),
             "conversations": [{"from": datasets.Value("string"), "value": datasets.Value("string")}],
             "need_weight": datasets.Value("bool"),
+            "focus": datasets.List(datasets.List(datasets.Value("float64"))),
             "unrelated": datasets.Value("int64"),
         }
     )
@@ -230,6 +242,7 @@ def test_table_of_the_authors_columns(tmp_path):
             assert np.array_equal(pixels(sample.references[0].read()), pixels(row["image"][0]))
             assert np.array_equal(pixels(sample.target.read()), pixels(row["image"][1]))
         assert [source[i].need_weight for i in range(3)] == [True, False, True]
+        assert [source[i].focus for i in range(3)] == [((0.0, 0.25, 0.5, 1.0),), (), ()]
 
 
 def test_table_with_other_column_names(tmp_path):

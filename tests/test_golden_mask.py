@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from uniworld.data.masks import EditTooSmallError, region_mask, region_mask_reference, region_weight
+from uniworld.data.masks import EditTooSmallError, focus_weight, region_mask, region_mask_reference, region_weight
 from uniworld.kernels import extension
 from uniworld.kernels.registry import use_backend
 
@@ -84,6 +84,19 @@ def test_weight_rounding():
     mask = np.zeros((5, 1), np.uint8)
     mask[0] = 255  # x = 5, log2(5) + 1 = 3.32192809...
     assert region_weight(mask, "log")[0, 0] == np.float32(3.321928)
+
+
+def test_focus_weight_is_how_much_of_a_latent_a_box_covers():
+    """Against a box that is drawn with 100 points a latent pixel and counted."""
+    boxes = [(0.1, 0.22, 0.57, 0.4), (0.53, 0.3, 1.0, 0.97), (-0.4, 0.9, 0.02, 1.3)]
+    y, x = (np.indices((80, 60)) + 0.5) / [[[80]], [[60]]]
+    drawn = [((x > left) & (x < right) & (y > upper) & (y < lower)) for left, upper, right, lower in boxes]
+    counted = np.max([box.reshape(8, 10, 6, 10).mean((1, 3)) for box in drawn], axis=0)
+    weight = focus_weight(boxes, (8, 6), 5.0)
+    assert weight.dtype == np.float32 and weight.shape == (8, 6) and weight.min() == 1 and weight.max() == 5
+    np.testing.assert_allclose(weight, 1 + 4 * counted, atol=4 * 0.1)
+    assert (focus_weight([], (8, 6), 5.0) == 1).all() and (focus_weight(boxes, (8, 6), 1.0) == 1).all()
+    np.testing.assert_array_equal(focus_weight([(0.25, 0.5, 0.5, 0.75)], (4, 4), 2)[2], [1, 2, 1, 1])
 
 
 def test_bad_arguments():

@@ -21,6 +21,7 @@ from uniworld.data.scenes import make, tasks
 from uniworld.data.scenes.edits import KINDS, edit_mask
 from uniworld.data.scenes.graph import is_held_out
 from uniworld.data.scenes.make import DataPlan, make_data
+from uniworld.data.scenes.render import render
 from uniworld.data.scenes.tasks import KIND_WEIGHTS, MIXTURE, make_item
 from uniworld.data.scenes.wording import WORDINGS
 from uniworld.models.prompts import chat_text, training_pieces
@@ -220,6 +221,19 @@ def test_a_record_makes_its_item_again(made):
         assert item.conversations == record["conversations"] and item.kind == record["kind"]
         for name, picture in zip(record["image"], item.pictures, strict=True):
             assert np.array_equal(np.asarray(Image.open(made / "images" / name)), picture)
+
+
+def test_the_focus_is_on_the_things_of_the_target(made):
+    for task in MIXTURE:
+        for record in annotations(made, task):
+            item = make_item(task, tuple(record["seed"]), record["split"])
+            ids = render(item.scenes[-1], 64).ids
+            assert (len(record["focus"]) == 0) == (task == "understanding")
+            if task == "understanding":
+                continue
+            places = [np.argwhere(ids == thing) for thing in sorted(set(ids.ravel().tolist()) - {0})]
+            edges = [(*place.min(0)[::-1], *(place.max(0)[::-1] + 1)) for place in places]
+            np.testing.assert_allclose(record["focus"], np.array(edges) / 64, atol=1e-4)
 
 
 def test_it_loads_as_training_data(made, monkeypatch, tmp_path):

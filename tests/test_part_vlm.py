@@ -40,8 +40,9 @@ def test_it_looks_and_points_first(words, tmp_path):
     """From the first items tower and language model learn, and no answers; then conversations too."""
     changes = [f"run_dir={tmp_path}", f"words={words}", "look_items=4", "num_checked=4", "size_px=64"]
     part = make_part(load_part_config(ROOT / "configs" / "tiny" / "vlm.yaml", changes))
-    looked, asked, planned, again, told = (part.make(range(first, first + 4)) for first in (0, 4, 8, 16, 32))
-    assert vlm_batches.LATER_TURNS == ("converse", "ask", "plan", "ask", "look", "ask", "plan", "ask")
+    looked, asked, planned, again, told = (part.make(range(first, first + 4)) for first in (0, 4, 12, 20, 40))
+    later = ("converse", "ask", "see", "plan", "talk", "look", "ask", "see", "plan", "talk")
+    assert later == vlm_batches.LATER_TURNS
     assert "labels" not in again and "row" in again and "row" not in told and "labels" in asked and "row" in asked
     assert "labels" not in looked and looked["seen"]["points"].shape == (4, 24, 24, 4)
     assert looked["asked"].shape == (len(looked["row"]), 24, 24, 3)
@@ -103,11 +104,54 @@ def test_many_questions_about_a_picture_are_asked_at_once(words, tmp_path):
             alone = part.vlm.states(inputs).hidden_states[0]
             assert torch.allclose(states[row, :length], alone, atol=1e-4)
     with mock.patch.object(vlm_batches, "_single_questions", return_value=[]):  # of few pictures nothing may be asked
-        alone = part.make(range(9, 10))
+        alone = part.make(range(11, 12))
     assert alone.keys() == {"pixel_values", "image_grid_thw", "seen"} and float(part.loss(alone, None)[0].detach()) > 0
     logged = overfit(part, batch, num_steps=40, lr=3e-3)
     assert logged[-1][1]["answers"] < 0.6 * logged[0][1]["answers"], logged[::8]
     assert logged[-1][1]["known_number_right"] > 0.6 > 0.5 > logged[0][1]["known_number_right"], logged[::8]
+
+
+def test_questions_are_asked_together_in_one_conversation(words, tmp_path):
+    """All but the first stand behind the picture; what is known is read before each answer."""
+    part = make_part(part_config("vlm", tmp_path, words, tmp_path, "look_items=0"))
+    batch = part.make(range(16, 20))
+    assert batch["row"].tolist() == [0, 1, 2, 3] and batch["asked"].shape == (4, 24, 24, 3)
+    begins = [ids[1:] != conversations.IGNORED for ids in batch["labels"]]
+    num_answers = [int((learned[1:] & ~learned[:-1]).sum()) for learned in begins]
+    assert sum(num_answers) == len(batch["known"]["number"]) > 20
+    text = part.processor.tokenizer.decode(batch["input_ids"][0])
+    assert text.count("assistant") == num_answers[0] and text.count("<|vision_start|>") == 1
+    assert 0 < text.index("user") < text.index("<|vision_start|>") < text.index("assistant")
+    read = []
+    hook = part.module["known"].register_forward_pre_hook(lambda head, args: read.append(args[0]))
+    with torch.no_grad():
+        part.loss(batch, None)
+    hook.remove()
+    tokens = part.processor.tokens
+    ends = [(ids == tokens.assistant).nonzero()[:, 0] + 1 for ids in batch["input_ids"]]
+    layer = part._at_layer[2]
+    assert torch.equal(read[0], torch.cat([layer[row, at] for row, at in enumerate(ends)]))
+    logged = overfit(part, batch, num_steps=40, lr=3e-3)
+    assert logged[-1][1]["answers"] < 0.6 * logged[0][1]["answers"], logged[::8]
+
+
+def test_in_other_colours_nothing_is_said_of_colours(words, tmp_path):
+    """What is seen is as before but for the colours, which neither labels nor questions nor answers name."""
+    part = make_part(part_config("vlm", tmp_path, words, tmp_path, "look_items=0"))
+    batch, items = part.make(range(8, 12)), [make_item("understanding", seed, "train") for seed in range(8, 12)]
+    points = dense.dense_labels([item.scenes[0] for item in items], 24)["points"]
+    assert (batch["seen"]["points"][..., 1] == dense.UNNAMED).all()
+    assert torch.equal(batch["seen"]["points"][..., [0, 2, 3]], points[..., [0, 2, 3]])
+    assert (batch["known"]["things"][..., 1] == dense.UNNAMED).all() and len(batch["row"]) >= 3
+    pixels, _ = part.processor.vision([Image.fromarray(item.pictures[0]) for item in items])
+    assert pixels.shape == batch["pixel_values"].shape and not torch.equal(pixels, batch["pixel_values"])
+    colours = [word for language in ("en", "zh") for word in wording(language, None).words.COLOURS.values()]
+    for ids in batch["input_ids"]:
+        text = part.processor.tokenizer.decode(ids)
+        assert not any(word in text for synonyms in colours for word in synonyms if word != "red"), text  # "covered"
+    logged = overfit(part, batch, num_steps=40, lr=3e-3)
+    assert not any("colour" in name for name in logged[0][1]) and "known_shape_right" in logged[0][1]
+    assert logged[-1][0] < 0.6 * logged[0][0], logged[::8]
 
 
 def test_half_of_the_single_questions_compare_two_things():

@@ -282,6 +282,7 @@ def changed(config, section, **fields):
     [
         ("data", {"anchor_px": 96 * 96}, "data.anchor_px is 9216, was 4096"),
         ("data", {"region_weight": "sqrt"}, "data.region_weight is sqrt, was log"),
+        ("data", {"focus_weight": 2.0}, "data.focus_weight is 2.0, was 1.0"),
         ("data", {"vlm_max_px": 56 * 56}, "data.vlm_max_px is 3136, was 12544"),
         ("sharding", {"dtype": "bf16"}, "sharding.dtype is bf16, was fp32"),
     ],

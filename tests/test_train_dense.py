@@ -1,5 +1,6 @@
 """What vision towers, the base DiT and its text encoders learn from the scene graph."""
 
+import itertools
 import math
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from uniworld.data.scenes.graph import COLOURS, SHAPES
+from uniworld.data.scenes.graph import COLOURS, SHAPES, is_held_out
 from uniworld.data.scenes.render import render
 from uniworld.data.scenes.tasks import make_item
 from uniworld.train.parts import dense
@@ -48,8 +49,10 @@ def test_a_layer_that_knows_reads_everything_rightly():
         nn.init.zeros_(parameter)
     nn.init.ones_(head.norm.weight)
     first, _ = head(states, labels)
-    by_hand = sum(math.log(n) for n in dense.POINT_CLASSES) + np.mean([math.log(n) for n in dense.SCENE_CLASSES])
-    by_hand += dense.EMPTY_WEIGHT * sum(math.log(n) for n in dense.POINT_CLASSES)
+    log_choices = _log_choices(labels["points"])
+    by_hand = np.mean([math.log(n) for n in dense.SCENE_CLASSES])
+    for side, weight in ((labels["points"][..., 0] > 0, 1), (labels["points"][..., 0] == 0, dense.EMPTY_WEIGHT)):
+        by_hand += weight * float(log_choices[side].mean())
     there, errors = labels["points"][..., 0] > 0, labels["surface"].square().sum(-1)
     by_hand += float(errors[there].mean() + dense.EMPTY_WEIGHT * errors[~there].mean())
     assert float(first.detach()) == pytest.approx(by_hand, rel=1e-5)
@@ -64,7 +67,7 @@ def test_a_layer_that_knows_reads_everything_rightly():
 
 
 def test_what_an_edit_changes_counts_as_much_as_all_together():
-    """A head of zeros is wrong by log n at every point: changed points add as much again, whatever their number."""
+    """A head of zeros is wrong by log n at every point, n choices: changed points add it again, however many."""
     scenes = [make_item("edit", seed, size_px=64).scenes for seed in range(6)]
     before, labels = (dense.dense_labels([pair[n] for pair in scenes], 16) for n in (0, -1))
     changed = dense.changed_points(before["points"], labels["points"])
@@ -77,11 +80,24 @@ def test_what_an_edit_changes_counts_as_much_as_all_together():
     states = torch.randn(6, 16, 8)
     plain, _ = head(states, labels)
     more, right = head(states, labels | {"changed": changed})
-    assert float((more - plain).detach()) == pytest.approx(sum(math.log(n) for n in dense.POINT_CLASSES), rel=1e-5)
+    expected = float(_log_choices(labels["points"])[changed].mean())
+    assert float((more - plain).detach()) == pytest.approx(expected, rel=1e-5)
     none = (labels["points"][..., 0][changed] == 0).float().mean()  # zeros read "nothing"
     assert float(right["shape_changed_right"]) == pytest.approx(float(none))
     same, right = head(states, labels | {"changed": torch.zeros_like(changed)})
     assert torch.equal(same, plain) and "shape_changed_right" not in right
+
+
+def _log_choices(points):
+    """[B, P, P]: the sum over OF_A_THING of log n, n classes or, of shapes and colours, those that training shows."""
+    named = itertools.product(enumerate(SHAPES, 1), enumerate(COLOURS, 1))
+    pairs = [(s, c) for (s, shape), (c, colour) in named if is_held_out(shape, colour)]
+    sums = torch.full(points.shape[:3], sum(math.log(n) for n in dense.POINT_CLASSES), dtype=torch.float64)
+    for place in np.ndindex(*sums.shape):
+        shape, colour = points[place][:2].tolist()
+        for own, other, n in ((0, colour, dense.POINT_CLASSES[0]), (1, shape, dense.POINT_CLASSES[1])):
+            sums[place] += math.log(n - sum(pair[1 - own] == other for pair in pairs)) - math.log(n)
+    return sums
 
 
 def _names(scene):

@@ -87,6 +87,8 @@ class DataConfig:
     """Share of micro-batches that go without T5 states where `model.use_t5` gives them."""
     region_weight: Literal["none", "linear", "exp", "log", "sqrt"] = "log"
     """How the loss weight of edited latents grows with total area / edited area."""
+    focus_weight: float = 1.0
+    """The least loss weight of latents in the `focus` boxes of a sample, of what matters most in its target."""
     keep_scattered: bool = False
     """Keep many small scattered edits in the region mask, which the authors' rule drops."""
     max_bad_share: float = 0.01
@@ -221,6 +223,7 @@ BOUNDS = (
         "validation.every_steps",
         *(0, math.inf, "at least 0"),
     ),
+    ("data.focus_weight", 1, 1000, "from 1 to 1000"),
     ("data.drop_prompt_rate data.drop_t5_rate data.max_bad_share ema.decay ema.min_decay", 0, 1, "from 0 to 1"),
 )
 

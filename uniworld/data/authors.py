@@ -34,7 +34,11 @@ class AuthorsSource:
         pictures = [Picture(path, path) for path in paths]
         need_weight = self.need_weight and as_bool("need_weight", record.get("need_weight", True))
         return make_sample(
-            self.sample_id(index), record.get("conversations"), pictures, need_weight=need_weight
+            self.sample_id(index),
+            record.get("conversations"),
+            pictures,
+            need_weight=need_weight,
+            focus=record.get("focus"),
         )
 
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from uniworld.config import DataConfig
 from uniworld.data.bad import SampleError
 from uniworld.data.batch import TrainBatch
-from uniworld.data.buckets import WHOLE, bucket_of, centre_box, cropped, stretched, target_tensor
-from uniworld.data.masks import region_mask, region_weight
+from uniworld.data.buckets import WHOLE, Box, bucket_of, centre_box, cropped, stretched, target_tensor
+from uniworld.data.masks import LATENT_PX, focus_weight, region_mask, region_weight
 from uniworld.data.samples import Picture, Sample
 from uniworld.models.prompts import PromptProcessor, VLMInputs, training_pieces
 from uniworld.models.vision_processor import TRAINING_FACTOR, VisionProcessor
@@ -81,6 +81,7 @@ class Collator:
             )
         try:
             inputs = self.processor.encode([training_pieces(sample.conversations)], [references])
+            box = fitted_box(target, bucket, self.config)
             target, *references_beside = fitted([target, *references], bucket, self.config)
             return PreparedSample(
                 id=sample.id,
@@ -88,19 +89,26 @@ class Collator:
                 siglip_pixels=self.siglip_preprocess(references) if references and self.siglip_preprocess else None,
                 instruction=sample.instruction,
                 target=target_tensor(target, bucket),
-                region_weight=self._weight(sample, references_beside, target, bucket),
+                region_weight=self._weight(sample, references_beside, target, bucket, box),
             )
         except Exception as error:  # whatever a picture or a text can do; over a share of them the run stops
             raise SampleError.of(sample.target.name, error) from error
 
     def _weight(
-        self, sample: Sample, references: list[Image.Image], target: Image.Image, bucket: tuple[int, int]
+        self, sample: Sample, references: list[Image.Image], target: Image.Image, bucket: tuple[int, int], box: Box
     ) -> Tensor | None:
-        """[1, h, w] at the target's latent size, or None where every latent weighs 1."""
-        if self.config.region_weight == "none" or not references or not sample.need_weight:
-            return None
-        mask = latent_mask(references, target, bucket, self.config)
-        weight = region_weight(mask, self.config.region_weight)
+        """[1, h, w] at the target's latent size, or None where every latent weighs 1. box: the part of the target that
+        is trained on, to which `focus` is moved."""
+        left, upper, right, lower = box
+        width, height = right - left, lower - upper
+        focus = [
+            ((x0 - left) / width, (y0 - upper) / height, (x1 - left) / width, (y1 - upper) / height)
+            for x0, y0, x1, y1 in sample.focus
+        ]
+        weight = focus_weight(focus, (bucket[0] // LATENT_PX, bucket[1] // LATENT_PX), self.config.focus_weight)
+        if self.config.region_weight != "none" and references and sample.need_weight:
+            mask = latent_mask(references, target, bucket, self.config)
+            weight = np.maximum(weight, region_weight(mask, self.config.region_weight))
         return None if (weight == 1).all() else torch.from_numpy(weight)[None]
 
     def collate(self, samples: Sequence[PreparedSample]) -> TrainBatch:
@@ -133,10 +141,13 @@ class Collator:
 
 def fitted(images: Sequence[Image.Image], bucket: tuple[int, int], config: DataConfig) -> list[Image.Image]:
     """The part of the target, which comes first, that is trained on, and the same part of its references."""
-    box = WHOLE
-    if config.target_fit == "crop":
-        box = centre_box(images[0].height, images[0].width, bucket)
+    box = fitted_box(images[0], bucket, config)
     return [cropped(image, box) for image in images]
+
+
+def fitted_box(target: Image.Image, bucket: tuple[int, int], config: DataConfig) -> Box:
+    """Which part of the target is trained on."""
+    return centre_box(target.height, target.width, bucket) if config.target_fit == "crop" else WHOLE
 
 
 def latent_mask(

@@ -11,6 +11,7 @@ import cv2
 import numpy as np
 from PIL import Image, ImageChops
 
+from uniworld.data.buckets import Box
 from uniworld.kernels import extension, registry
 
 THRESHOLD = 18  # grey levels of difference from which a pixel counts as changed
@@ -93,6 +94,29 @@ def region_weight(mask: np.ndarray, kind: str = "log") -> np.ndarray:
     edited_share = np.float32(num_edited / mask.size)
     weight = np.round(WEIGHTS[kind](1 / float(edited_share)), 6)
     return np.where(mask != 0, weight, np.float32(1))
+
+
+def focus_weight(boxes: Sequence[Box], latent_hw: tuple[int, int], greatest: float) -> np.ndarray:
+    """The loss weight of each latent pixel by what a sample says matters most in its target.
+
+    Args:
+        boxes: parts of the target; what lies outside of it is cut off.
+        latent_hw: (h, w). greatest: the weight of a latent pixel that a box covers.
+
+    Returns:
+        float32 [h, w]: from 1, where no box is, to `greatest`, by how much of the latent pixel one box covers.
+    """
+    h, w = latent_hw
+    covered = np.zeros(latent_hw, np.float32)
+    for left, upper, right, lower in boxes:
+        covered = np.maximum(covered, np.outer(_overlap(upper, lower, h), _overlap(left, right, w)))
+    return (1 + (greatest - 1) * covered).astype(np.float32)
+
+
+def _overlap(start: float, end: float, num_cells: int) -> np.ndarray:
+    """[num_cells]: the share of each of equal cells from 0 to 1 that lies between start and end."""
+    edges = np.arange(num_cells + 1) / num_cells
+    return (np.minimum(edges[1:], end) - np.maximum(edges[:-1], start)).clip(0) * num_cells
 
 
 def region_mask_reference(

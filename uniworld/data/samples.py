@@ -13,10 +13,12 @@ from typing import Any, BinaryIO
 
 from PIL import Image
 
+from uniworld.data.buckets import Box
 from uniworld.models.images import image_size, read_image
 from uniworld.models.prompts import DRAWN_MARK, IMAGE_MARK, instruction, training_pieces
 
 Conversation = tuple[dict[str, str], ...]
+MAX_BOXES = 256  # of one sample
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,7 @@ class Sample:
 
     id: where it comes from, such as "edits.json:17". references: the inputs, in the order of their marks.
     need_weight: whether the loss weighs the edited region; False gives every latent weight 1.
+    focus: boxes of what matters most in the target.
     """
 
     id: str
@@ -90,6 +93,7 @@ class Sample:
     references: tuple[Picture, ...]
     target: Picture
     need_weight: bool = True
+    focus: tuple[Box, ...] = ()
 
     @property
     def instruction(self) -> str:
@@ -111,7 +115,7 @@ class Sample:
 
 
 def make_sample(
-    id: str, conversations: Any, pictures: Sequence[Picture], *, need_weight: Any = True
+    id: str, conversations: Any, pictures: Sequence[Picture], *, need_weight: Any = True, focus: Any = None
 ) -> Sample:
     """Check what an annotation says, and make a sample of it; the last picture is the target.
 
@@ -141,6 +145,7 @@ def make_sample(
         references=tuple(pictures[:-1]),
         target=pictures[-1],
         need_weight=as_bool("need_weight", need_weight),
+        focus=_boxes(focus),
     )
 
 
@@ -159,6 +164,18 @@ def as_bool(field: str, value: Any) -> bool:
     if isinstance(value, str) and value.strip().lower() in ("true", "false"):
         return value.strip().lower() == "true"
     raise ValueError(f"{field}={value!r:.80}: must be true or false")
+
+
+def _boxes(value: Any) -> tuple[Box, ...]:
+    """The field `focus`, None for no boxes."""
+    boxes = [] if value is None else value
+    if not isinstance(boxes, Sequence) or isinstance(boxes, str) or len(boxes) > MAX_BOXES:
+        raise ValueError(f"focus={value!r:.80}: must be a list of at most {MAX_BOXES} boxes")
+    for i, box in enumerate(boxes):
+        numbers = isinstance(box, Sequence) and len(box) == 4 and all(type(n) in (int, float) for n in box)
+        if not numbers or not (0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1):
+            raise ValueError(f"focus[{i}]={box!r:.80}: must be left, upper, right, lower, in that order from 0 to 1")
+    return tuple(tuple(map(float, box)) for box in boxes)
 
 
 def resolve_path(folder: Path, name: str) -> str:

@@ -59,7 +59,11 @@ class ShardSource:
         if conversations is None:
             conversations = conversation_of(record.get("prompt"), max(0, len(pictures) - 1))
         return make_sample(
-            self.sample_id(index), conversations, pictures, need_weight=record.get("need_weight", True)
+            self.sample_id(index),
+            conversations,
+            pictures,
+            need_weight=record.get("need_weight", True),
+            focus=record.get("focus"),
         )
 
     def _annotation(self, shard: Path, key: str, members: list) -> dict:

@@ -1,7 +1,7 @@
 """Hugging Face `datasets` folders and parquet files with image columns.
 
 Columns are those of the authors' format (`image`: one or a list, the last is the target; `conversations`), or
-`prompt`, `target` and, for edits, `references` (one or a list). `need_weight` may stand beside either.
+`prompt`, `target` and, for edits, `references` (one or a list). `need_weight` and `focus` may stand beside either.
 """
 
 import glob
@@ -12,7 +12,7 @@ from typing import Any
 from uniworld.data.samples import Picture, Sample, conversation_of, make_sample, resolve_path
 from uniworld.data.sources import fingerprint_of
 
-COLUMNS = ("image", "conversations", "prompt", "target", "references", "need_weight")
+COLUMNS = ("image", "conversations", "prompt", "target", "references", "need_weight", "focus")
 REQUIRED = (("image", "conversations"), ("prompt", "target"))
 
 
@@ -61,7 +61,11 @@ class TableSource:
         pictures = [self._picture(value, f"{self.name}:{index} picture {i}") for i, value in enumerate(values)]
         need_weight = row.get("need_weight")
         return make_sample(
-            self.sample_id(index), conversations, pictures, need_weight=True if need_weight is None else need_weight
+            self.sample_id(index),
+            conversations,
+            pictures,
+            need_weight=True if need_weight is None else need_weight,
+            focus=row.get("focus"),
         )
 
     def _picture(self, value: Any, name: str) -> Picture:

@@ -19,7 +19,7 @@ from uniworld.train.stages import inserts_siglip
 
 FORMAT = 1  # of the cache: raise it whenever what is stored changes
 SAMPLED_BYTES = 1024  # at the beginning, in the middle and at the end of each tensor
-DATA_FIELDS = ("anchor_px", "num_ratios", "target_fit", "vlm_max_px", "region_weight", "keep_scattered")
+DATA_FIELDS = ("anchor_px", "num_ratios", "target_fit", "vlm_max_px", "region_weight", "keep_scattered", "focus_weight")
 # What a cache may hold beyond what a run needs.
 SURPLUS = ("siglip states", "T5 states", "states without prompts")
 

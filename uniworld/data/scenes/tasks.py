@@ -8,17 +8,18 @@ import cv2
 import numpy as np
 
 from uniworld.data.masks import THRESHOLD
-from uniworld.data.scenes import edits, perception_items, prompts
+from uniworld.data.scenes import edits, perception_items, prompts, solids
 from uniworld.data.scenes.compositions import make_composition
 from uniworld.data.scenes.edits import Edit, draw_key, make_edit
 from uniworld.data.scenes.graph import SPLITS, STYLES, Scene, check_choice
 from uniworld.data.scenes.questions import converse
-from uniworld.data.scenes.render import render
+from uniworld.data.scenes.render import geometry, render
 from uniworld.data.scenes.sampling import sample_scene
 from uniworld.data.scenes.wording import Wording, wording
 from uniworld.models.prompts import DRAWN_MARK, IMAGE_MARK
 
 SIZE_PX = 128
+FOCUS_PX = 64  # of the picture in which the boxes of things are found
 LANGUAGE_WEIGHTS = {"en": 2, "zh": 1}
 # Task -> its share of a mixture.
 MIXTURE = {"understanding": 0.2, "t2i": 0.2, "edit": 0.4, "perceive": 0.15, "compose": 0.05}
@@ -59,12 +60,23 @@ class Item:
         return {
             "conversations": self.conversations,
             "need_weight": self.need_weight,
+            "focus": self.focus(),
             "task": self.task,
             "kind": self.kind,
             "language": self.language,
             "split": self.split,
             "seed": self.seed,
         }
+
+
+    def focus(self) -> list[tuple[float, ...]]:
+        """The boxes of the things in the target: left, upper, right, lower as shares of its sides."""
+        if self.task == "understanding":
+            return []
+        ids = geometry(solids.tables(self.scenes[-1]), FOCUS_PX)[0]
+        found = (np.nonzero(ids == thing + 1) for thing in range(len(self.scenes[-1].things)))
+        edges = ((x.min(), y.min(), x.max() + 1, y.max() + 1) for y, x in found if len(x))
+        return [tuple(round(float(edge) / FOCUS_PX, 4) for edge in box) for box in edges]
 
 
 def make_item(

@@ -28,11 +28,13 @@ SAID_RATE = 0.2
 class Wording:
     """The words of one language.
 
-    phrases: section -> templates. words: the tables of `words_en.py` or `words_zh.py`.
+    phrases: section -> templates. words: the tables of `words_en.py` or `words_zh.py`. spaced: whether spaces part
+    words.
     """
 
     phrases: dict[str, tuple[str, ...]]
     words: ModuleType
+    spaced: bool
 
     def __init__(self, rng: np.random.Generator):
         self.rng = rng
@@ -104,6 +106,7 @@ class Wording:
 class English(Wording):
     phrases = phrases_en.PHRASES | edit_phrases_en.EDIT_PHRASES
     words = words_en
+    spaced = True
 
     def the(self, description: Description) -> str:
         noun = self._noun(description, plural=False)
@@ -156,6 +159,7 @@ class English(Wording):
 class Chinese(Wording):
     phrases = phrases_zh.PHRASES | edit_phrases_zh.EDIT_PHRASES
     words = words_zh
+    spaced = False
 
     def the(self, description: Description) -> str:
         noun = self.plural(description)

@@ -6,6 +6,10 @@ state reads it: of the thing at each of P x P points shape, colour, material and
 there, without which shapes are learned late; and of the whole picture background, light and style. The layer is thrown
 away.
 
+Ten pairs of shape and colour are held out. Who must tell the shape of every thing in training learns as well that a
+blue one is never a cube: after 22,000 steps shapes were read rightly of 95 % of things, and of 46 % of those whose pair
+is held out. So a class that training cannot show beside what else is there takes no part in the softmax (`only_seen`).
+
 Letters: B pictures, T tokens, one for every p x p points, D width of a state, P points along a side.
 """
 
@@ -18,14 +22,26 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from uniworld.data.scenes import solids
-from uniworld.data.scenes.graph import BACKGROUNDS, COLOURS, LIGHTS, MATERIALS, PLAIN, SHAPES, SIZES, STYLES, Scene
+from uniworld.data.scenes.graph import (
+    BACKGROUNDS,
+    COLOURS,
+    LIGHTS,
+    MATERIALS,
+    PLAIN,
+    SHAPES,
+    SIZES,
+    STYLES,
+    Scene,
+    is_held_out,
+)
 from uniworld.data.scenes.render import geometry
 
-NOTHING = 0  # the class of a point where no thing is
+NOTHING, UNNAMED = 0, 255  # the classes of a point where no thing is, and of a colour that has no name
 OF_A_THING = {"shape": SHAPES, "colour": tuple(COLOURS), "material": MATERIALS, "size": SIZES}
 OF_A_SCENE = {"background": (*BACKGROUNDS, PLAIN), "light": LIGHTS, "style": STYLES}
 POINT_CLASSES = tuple(1 + len(names) for names in OF_A_THING.values())
 SCENE_CLASSES = tuple(len(names) for names in OF_A_SCENE.values())
+UNSEEN_PAIRS = [(shape, colour) for shape in SHAPES for colour in COLOURS if is_held_out(shape, colour)]
 EMPTY_WEIGHT = 0.5
 MAX_SAID, RARELY = 3, -5.0  # a logit: most of the pairs are not there
 MIDDLE_DEPTH, DEPTH_SPREAD = 9.2, 1.8  # world units: brings depths to about mean 0 and deviation 1
@@ -59,6 +75,29 @@ def changed_points(before: Tensor, after: Tensor) -> Tensor:
 def geometry_at(scene: Scene, num_points: int) -> tuple[np.ndarray, ...]:
     """`render.geometry`, num_points along a side: in a batch a scene is seen, described and asked about many times."""
     return geometry(solids.tables(scene), num_points)
+
+
+def only_seen(field: str, logits: Tensor, classes: Tensor) -> Tensor:
+    """Logits [..., classes of the field] of things of these classes of OF_A_THING [..., 4], -inf where training shows
+    no thing that has such a shape or colour beside its other attributes.
+
+    Source: Menon et al., 2021, "Long-tail learning via logit adjustment", equation 10, where of all pairs those that
+    are shown are equally frequent.
+    """
+    if field not in ("shape", "colour"):
+        return logits
+    shapes, colours, *_ = torch.where(classes == UNNAMED, NOTHING, classes).unbind(-1)
+    unseen = _unseen_classes().to(logits.device)
+    return logits.masked_fill(unseen.T[colours] if field == "shape" else unseen[shapes], -torch.inf)
+
+
+@lru_cache(maxsize=1)
+def _unseen_classes() -> Tensor:
+    """bool [1 + shapes, 1 + colours]"""
+    unseen = torch.zeros(1 + len(SHAPES), 1 + len(COLOURS), dtype=torch.bool)
+    for shape, colour in UNSEEN_PAIRS:
+        unseen[1 + SHAPES.index(shape), 1 + tuple(COLOURS).index(colour)] = True
+    return unseen
 
 
 def _balanced(errors: Tensor, there: Tensor) -> Tensor:
@@ -128,7 +167,10 @@ class DenseHead(nn.Module):
         there = points[..., 0] != NOTHING
         loss, right = states.new_zeros((), dtype=torch.float32), {}
         for name, logits, label in zip(OF_A_THING, found, points.unbind(-1)):
-            errors = F.cross_entropy(logits.flatten(0, -2), label.flatten(), reduction="none").view_as(label)
+            if (label == UNNAMED).any():
+                continue
+            adjusted = only_seen(name, logits, points).flatten(0, -2)
+            errors = F.cross_entropy(adjusted, label.flatten(), reduction="none").view_as(label)
             loss = loss + _balanced(errors, there)
             correct = (logits.detach().argmax(-1) == label).float()
             right[f"{name}_right"] = correct[there].mean()

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from uniworld.data.scenes.descriptions import EXTREMES, WAYS, attributes_of
 from uniworld.data.scenes.edits import draw_key
-from uniworld.data.scenes.graph import Scene
+from uniworld.data.scenes.graph import Scene, is_held_out
 from uniworld.data.scenes.questions import COLOURLESS_STYLES, Question
 from uniworld.data.scenes.wording import Wording
 from uniworld.train.parts.dense import NOTHING, OF_A_THING, by_token, geometry_at
@@ -66,7 +66,9 @@ def descriptions(scene: Scene, words: Wording, number: int) -> list[Question]:
         meant = attributes_of(words.pick(scene.things), named)
         if words.chance(ABSENT_RATE):
             name = words.pick(named)
-            meant = dataclasses.replace(meant, **{name: words.pick(OF_A_THING[name])})
+            other = dataclasses.replace(meant, **{name: words.pick(OF_A_THING[name])})
+            # What training never shows is not learned as what is never there.
+            meant = meant if other.shape and other.colour and is_held_out(other.shape, other.colour) else other
         if words.chance(EXTREME_RATE):
             meant = dataclasses.replace(meant, extreme=words.pick(tuple(EXTREMES)))
         found.append(Question(kind=POINT, text=words.the(meant), answer="", about=(meant,)))

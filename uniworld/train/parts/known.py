@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from uniworld.data.scenes.graph import Scene
 from uniworld.data.scenes.questions import Question
-from uniworld.train.parts.dense import NOTHING, OF_A_THING, POINT_CLASSES, of_things
+from uniworld.train.parts.dense import NOTHING, OF_A_THING, POINT_CLASSES, UNNAMED, of_things, only_seen
 from uniworld.train.parts.grounding import ROLES, things_of
 
 MAX_NUMBER = 3  # and more
@@ -65,8 +65,11 @@ class KnownHead(nn.Module):
         alone = wanted == 1
         if not alone.any():
             return loss, right
-        for name, logits, label in zip(OF_A_THING, attributes, labels["things"].long().unbind(-1)):
-            loss = loss + F.cross_entropy(logits[alone], label[alone])
+        things = labels["things"].long()
+        for name, logits, label in zip(OF_A_THING, attributes, things.unbind(-1)):
+            if (label == UNNAMED).any():
+                continue
+            loss = loss + F.cross_entropy(only_seen(name, logits[alone], things[alone]), label[alone])
             right[f"known_{name}_right"] = (logits.detach().argmax(-1) == label)[alone].float().mean()
         squared = (place - labels["place"])[alone].square().mean()
         return loss + PLACE_WEIGHT * squared, right | {"known_place_error": squared.detach().sqrt()}

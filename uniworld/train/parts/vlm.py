@@ -34,7 +34,7 @@ from uniworld.models.vlm import VisionLanguageModel, rope_index
 from uniworld.train.parts.attention import use_fast_attention
 from uniworld.train.parts.config import PartConfig
 from uniworld.train.parts.conversations import IGNORED, answer_weights, turns_of
-from uniworld.train.parts.dense import DenseHead, PlaceHead
+from uniworld.train.parts.dense import UNNAMED, DenseHead, PlaceHead
 from uniworld.train.parts.grounding import GroundingHead
 from uniworld.train.parts.known import KnownHead
 from uniworld.train.parts.sizes import PREPROCESSOR, qwen_config
@@ -94,6 +94,8 @@ class VisionLanguage:
 
     def _answer(self, states: Tensor, batch: dict[str, Any]) -> tuple[Tensor, dict[str, float | Tensor]]:
         logits, labels, weights = self._predict(states, batch)
+        position, token = batch["unseen"].to(logits.device).unbind(-1)
+        logits = logits.index_put((position, token), logits.new_tensor(-torch.inf))
         right = (logits.detach().argmax(-1) == labels).float().mean()
         answers = (weights * F.cross_entropy(logits.float(), labels, reduction="none")).sum()
         return answers, {"answers": answers.detach(), "tokens_right": right}
@@ -111,7 +113,9 @@ class VisionLanguage:
         if "labels" in batch:
             answers, right = self._answer(states, batch)
             knowing, known = self._read_known(batch)
-            loss = answers + DENSE_WEIGHT * seeing + GROUNDING_WEIGHT * pointing + KNOWN_WEIGHT * knowing
+            # In other colours pictures are shown to learn to see.
+            weight = 1.0 if (batch["seen"]["points"] == UNNAMED).any() else DENSE_WEIGHT
+            loss = answers + weight * seeing + GROUNDING_WEIGHT * pointing + KNOWN_WEIGHT * knowing
             return loss, more | told | right | known
         loss = seeing + POINTING_WEIGHT * pointing
         if "wanted" in batch:
@@ -154,8 +158,9 @@ class VisionLanguage:
 
     def _read_known(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """What is known of the things that each question speaks of, at the last token before its answer."""
-        before = (batch["labels"] != IGNORED).int().argmax(1) - 1
-        states = self._at_layer[GROUNDED_LAYERS[-1]][torch.arange(len(before)), before]
+        learned = batch["labels"] != IGNORED
+        row, begin = (learned & ~F.pad(learned, (1, -1))).nonzero(as_tuple=True)
+        states = self._at_layer[GROUNDED_LAYERS[-1]][row, begin - 1]
         return self.module["known"](states, batch["known"])
 
     def _read_plan(self, states: Tensor, wanted: dict[str, Tensor]) -> tuple[Tensor, dict[str, float | Tensor]]:

@@ -29,16 +29,21 @@ from uniworld.train.parts.conversations import (
     questions_about,
     turns_of,
 )
-from uniworld.train.parts.dense import changed_points, dense_labels
+from uniworld.train.parts.dense import OF_A_THING, UNNAMED, changed_points, dense_labels
 from uniworld.train.parts.grounding import NO_QUESTION, ROLES, asked_labels, changed_labels, descriptions
 from uniworld.train.parts.known import known_labels
+from uniworld.train.parts.recolour import recoloured
 from uniworld.train.parts.sizes import PREPROCESSOR, VLM_PX
+from uniworld.train.parts.unseen_words import UnseenWords, unseen_answers
 
 # Of five items three are questions; the others are what pictures are drawn from.
 TASKS = ("understanding", "edit", "understanding", "understanding", "t2i")
 ASKED_TASKS = ("understanding",)
-PLANNED_TASKS = ("edit",)  # whose wanted pictures are planned without a word about them
 SEEN_TASKS = ("understanding", "edit", "t2i")  # whose pictures the vision tower learns to see
+# What items each batch has; plans are of wanted pictures, without a word about them.
+TURN_TASKS = {"look": SEEN_TASKS, "plan": ("edit",), "converse": TASKS} | dict.fromkeys(
+    ("ask", "talk", "see"), ASKED_TASKS
+)
 POINTS_PER_SIDE = 4  # of a token of a picture
 TOKENS_PER_SIDE = math.isqrt(VLM_PX) // (PREPROCESSOR["patch_size"] * PREPROCESSOR["merge_size"])
 NUM_TOKENS, NUM_POINTS = TOKENS_PER_SIDE**2, TOKENS_PER_SIDE * POINTS_PER_SIDE  # of a picture, and along its side
@@ -46,15 +51,22 @@ NUM_TOKENS, NUM_POINTS = TOKENS_PER_SIDE**2, TOKENS_PER_SIDE * POINTS_PER_SIDE  
 NUM_DESCRIPTIONS, NUM_EDITS, NUM_ASKED = 6, 5, 6
 # Of these questions so many compare two things: the last to be learned, and a quarter of the questions of any kind.
 NUM_COMPARING = 3
+NUM_TALKED = 6  # questions of any kind in one conversation, besides those that compare
 COMPARING = ("relation", "what_at", "bigger", "smaller", "is_bigger", "same_colour", "more")
+# What can be asked of pictures in other colours.
+COLOUR_BLIND = ("shape", "material", "count", "where", "relation", "is_bigger", "more")
 TRIES = 4  # for every such question: not every scene has things of each kind to compare
 # Batches in turn, first of pictures alone and then with conversations: from these alone pointing is forgotten.
-FIRST_TURNS, LATER_TURNS = ("look", "plan"), ("converse", "ask", "plan", "ask", "look", "ask", "plan", "ask")
+FIRST_TURNS = ("look", "plan")
+LATER_TURNS = ("converse", "ask", "see", "plan", "talk", "look", "ask", "see", "plan", "talk")
+COLOURS_OF_THINGS = list(OF_A_THING).index("colour")
+Asked = tuple[Scene, Question]
 
 
 class Batches:
     def __init__(self, config: PartConfig, processor: PromptProcessor):
         self.config, self.processor = config, processor
+        self.unseen_words = UnseenWords(processor.tokenize)
 
     def make(self, seeds: range) -> dict[str, Any]:
         """Of the first `look_items` items pictures with descriptions, and edits to plan; then conversations and single
@@ -64,21 +76,25 @@ class Batches:
         pictures; and asked uint8 [N, P, P, 3], of `asked_labels`. Edits have wanted, labels as of seen for the pictures
         that are asked for, and their `changed_points`. Turns about a picture have input_ids and attention_mask [N, L],
         and row int64 [N], which picture it is; conversations have the fields of VLMInputs, and wanted. Both have labels
-        [N, L] where there are answers: a token where it is part of one, else IGNORED. Single questions have known, of
-        `known_labels`.
+        [N, L] where there are answers: a token where it is part of one, else IGNORED; and unseen, of `UnseenWords`.
+        Questions, one to a turn or all about a picture in one, have known, of `known_labels`.
         """
         turns = FIRST_TURNS if seeds.start < self.config.first_item + self.config.look_items else LATER_TURNS
         turn = turns[seeds.start // len(seeds) % len(turns)]
-        tasks = {"look": SEEN_TASKS, "plan": PLANNED_TASKS, "ask": ASKED_TASKS, "converse": TASKS}[turn]
+        tasks = TURN_TASKS[turn]
         items = [make_item(tasks[s % len(tasks)], s, size_px=self.config.size_px) for s in seeds]
         if turn == "look":
             return self._described(items)
+        if turn == "see":
+            return self._recoloured(items)
         if turn == "plan":
             return self._planned(items)
-        if turn == "ask":
-            return self._asked(items)
-        first = [questions_about(item)[0] if item.task == "understanding" else None for item in items]
-        return self.conversations(items, [answered(item) for item in items], first)
+        if turn in ("ask", "talk"):
+            return self._asked(items, together=turn == "talk")
+        asked = [questions_about(item) if item.task == "understanding" else () for item in items]
+        batch = self.conversations(items, [answered(item) for item in items], [next(iter(q), None) for q in asked])
+        unseen = [answers for item, questions in zip(items, asked) for answers in _unseen(item, questions) or [()]]
+        return batch | {"unseen": self.unseen_words.find(batch["labels"], unseen)}
 
     def _described(self, items: Sequence[Item]) -> dict[str, Any]:
         """Pictures, and descriptions of what may be in each."""
@@ -91,6 +107,24 @@ class Batches:
                 pairs.append((scene, described))
         batch = self._short_turns([item.pictures[-1] for item in items], turns) | {"seen": self._labels(scenes)}
         return batch | {"asked": asked_labels(pairs, NUM_POINTS)} if pairs else batch
+
+    def _recoloured(self, items: Sequence[Item]) -> dict[str, Any]:
+        """Pictures in other colours, which have no names, and of the questions about each those that name none."""
+        scenes, pictures, turns, pairs = [item.scenes[0] for item in items], [], [], []
+        for row, (item, scene) in enumerate(zip(items, scenes)):
+            rng = np.random.default_rng((item.seed, NUM_ASKED))
+            pictures.append(recoloured(item.pictures[0], scene, rng))
+            for question in _single_questions(scene, wording(item.language, rng), item.split):
+                if question.kind in COLOUR_BLIND and not any(described.colour for described in question.about):
+                    turns.append((row, conversation_text(turns_of(question, with_picture=True))))
+                    pairs.append((scene, question))
+        batch = self._short_turns(pictures, turns) | {"seen": self._labels(scenes)}
+        batch["seen"]["points"][..., COLOURS_OF_THINGS] = UNNAMED
+        if not pairs:
+            return batch
+        batch |= self._answers(batch, pairs, pairs)
+        batch["known"]["things"][..., COLOURS_OF_THINGS] = UNNAMED
+        return batch | {"unseen": self.unseen_words.find(batch["labels"])}
 
     def _planned(self, items: Sequence[Item]) -> dict[str, Any]:
         """Pictures, and edits of each, its item's and others, with what they lead to."""
@@ -108,22 +142,32 @@ class Batches:
         pictures = self._short_turns([item.pictures[0] for item in items], turns)
         return pictures | {"seen": seen, "wanted": wanted, "asked": roles}
 
-    def _asked(self, items: Sequence[Item]) -> dict[str, Any]:
-        """Pictures, and questions about each, every one answered on its own; no captions, which are long: conversations
-        have them."""
-        turns, pairs = [], []
+    def _asked(self, items: Sequence[Item], together: bool) -> dict[str, Any]:
+        """Pictures, and questions about each, every one answered on its own, or all of them together: all but the first
+        stand behind the picture then. No captions, which are long: conversations have them."""
+        turns, first, pairs, unseen = [], [], [], []
         for row, item in enumerate(items):
             scene, words = item.scenes[0], wording(item.language, np.random.default_rng((item.seed, NUM_ASKED)))
-            for question in _single_questions(scene, words, item.split):
-                if not question.kind.startswith("caption"):
-                    turns.append((row, conversation_text(turns_of(question, with_picture=True))))
-                    pairs.append((scene, question))
+            drawn = _talk if together else _single_questions
+            questions = [q for q in drawn(scene, words, item.split) if not q.kind.startswith("caption")]
+            for talk in [questions] if together else [[question] for question in questions]:
+                if talk:
+                    said = [turn for i, question in enumerate(talk) for turn in turns_of(question, with_picture=i == 0)]
+                    turns.append((row, conversation_text(said)))
+                    first.append((scene, talk[0]))
+            pairs += [(scene, question) for question in questions]
+            unseen += _unseen(item, questions)
         batch = self._short_turns([item.pictures[0] for item in items], turns)
         batch["seen"] = self._labels([item.scenes[0] for item in items])
         if not pairs:
             return batch
+        batch |= self._answers(batch, first, pairs)
+        return batch | {"unseen": self.unseen_words.find(batch["labels"], unseen)}
+
+    def _answers(self, batch: dict[str, Any], first: Sequence[Asked], pairs: Sequence[Asked]) -> dict[str, Any]:
+        """What is to be learned of the first question of every turn, and of all."""
         labels = answer_labels(batch["input_ids"], batch["attention_mask"], self.processor.tokens)
-        return batch | {"labels": labels, "asked": asked_labels(pairs, NUM_POINTS), "known": known_labels(pairs)}
+        return {"labels": labels, "asked": asked_labels(first, NUM_POINTS), "known": known_labels(pairs)}
 
     def _short_turns(self, pictures: Sequence[np.ndarray], turns: Sequence[tuple[int, str]]) -> dict[str, Tensor]:
         """pixel_values and image_grid_thw of the pictures; input_ids and attention_mask [N, L] of turns, of which each
@@ -172,10 +216,27 @@ class Batches:
 def _single_questions(scene: Scene, words: Wording, split: str) -> list[Question]:
     """NUM_ASKED, or fewer where the scene has no more to compare."""
     found = [q for _ in range(NUM_ASKED - NUM_COMPARING) for q in converse(scene, words, split, 1)]
+    return found + _comparing(scene, words, split)
+
+
+def _talk(scene: Scene, words: Wording, split: str) -> list[Question]:
+    """Up to NUM_TALKED of any kind, and behind them or before them those that compare."""
+    found, comparing = list(converse(scene, words, split, NUM_TALKED)), _comparing(scene, words, split)
+    return found + comparing if words.chance(0.5) else comparing + found
+
+
+def _comparing(scene: Scene, words: Wording, split: str) -> list[Question]:
+    """NUM_COMPARING, or fewer where the scene has no more to compare."""
     if scene.style in COLOURLESS_STYLES:
-        return found
+        return []
     tried = (ask(words.pick(COMPARING), scene, words, split) for _ in range(TRIES * NUM_COMPARING))
-    return found + list(itertools.islice((q for q in tried if q is not None), NUM_COMPARING))
+    return list(itertools.islice((q for q in tried if q is not None), NUM_COMPARING))
+
+
+def _unseen(item: Item, questions: Sequence[Question]) -> list[tuple[str, ...]]:
+    """The `unseen_answers` of questions about an item's picture."""
+    words = wording(item.language, np.random.default_rng(0))
+    return [unseen_answers(question, item.scenes[0], words) for question in questions]
 
 
 def _shown(text: str) -> str:
