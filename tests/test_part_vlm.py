@@ -40,8 +40,8 @@ def test_it_looks_and_points_first(words, tmp_path):
     """From the first items tower and language model learn, and no answers; then conversations too."""
     changes = [f"run_dir={tmp_path}", f"words={words}", "look_items=4", "num_checked=4", "size_px=64"]
     part = make_part(load_part_config(ROOT / "configs" / "tiny" / "vlm.yaml", changes))
-    looked, asked, planned, again, told = (part.make(range(first, first + 4)) for first in (0, 4, 12, 20, 40))
-    later = ("converse", "ask", "see", "plan", "talk", "look", "ask", "see", "plan", "talk")
+    looked, asked, planned, again, told = (part.make(range(first, first + 4)) for first in (0, 4, 12, 24, 44))
+    later = ("converse", "ask", "see", "plan", "talk", "see", "look", "ask", "see", "plan", "talk")
     assert later == vlm_batches.LATER_TURNS
     assert "labels" not in again and "row" in again and "row" not in told and "labels" in asked and "row" in asked
     assert "labels" not in looked and looked["seen"]["points"].shape == (4, 24, 24, 4)
@@ -104,7 +104,7 @@ def test_many_questions_about_a_picture_are_asked_at_once(words, tmp_path):
             alone = part.vlm.states(inputs).hidden_states[0]
             assert torch.allclose(states[row, :length], alone, atol=1e-4)
     with mock.patch.object(vlm_batches, "_single_questions", return_value=[]):  # of few pictures nothing may be asked
-        alone = part.make(range(11, 12))
+        alone = part.make(range(12, 13))
     assert alone.keys() == {"pixel_values", "image_grid_thw", "seen"} and float(part.loss(alone, None)[0].detach()) > 0
     logged = overfit(part, batch, num_steps=40, lr=3e-3)
     assert logged[-1][1]["answers"] < 0.6 * logged[0][1]["answers"], logged[::8]

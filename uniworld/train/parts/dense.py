@@ -77,16 +77,19 @@ def geometry_at(scene: Scene, num_points: int) -> tuple[np.ndarray, ...]:
     return geometry(solids.tables(scene), num_points)
 
 
-def only_seen(field: str, logits: Tensor, classes: Tensor) -> Tensor:
+def only_seen(field: str, logits: Tensor, classes: Tensor, unseen_shapes: Tensor | None = None) -> Tensor:
     """Logits [..., classes of the field] of things of these classes of OF_A_THING [..., 4], -inf where training shows
-    no thing that has such a shape or colour beside its other attributes.
+    no thing that has such a shape or colour beside its other attributes. unseen_shapes: bool [..., 1 + shapes], the
+    shapes that it does not show beside colours that are UNNAMED.
 
     Source: Menon et al., 2021, "Long-tail learning via logit adjustment", equation 10, where of all pairs those that
     are shown are equally frequent.
     """
     if field not in ("shape", "colour"):
         return logits
-    shapes, colours, *_ = torch.where(classes == UNNAMED, NOTHING, classes).unbind(-1)
+    if unseen_shapes is not None:
+        return logits.masked_fill(unseen_shapes, -torch.inf)
+    shapes, colours, *_ = classes.unbind(-1)
     unseen = _unseen_classes().to(logits.device)
     return logits.masked_fill(unseen.T[colours] if field == "shape" else unseen[shapes], -torch.inf)
 
@@ -163,13 +166,14 @@ class DenseHead(nn.Module):
         states = self.norm(states)
         changed = self.by_token(labels["changed"][..., None])[..., 0] if "changed" in labels else None
         points = self.by_token(labels["points"]).long()
+        unseen = self.by_token(labels["unseen_shapes"]) if "unseen_shapes" in labels else None
         found = self.points(states).unflatten(-1, (self.p**2, -1)).float().split(POINT_CLASSES, dim=-1)
         there = points[..., 0] != NOTHING
         loss, right = states.new_zeros((), dtype=torch.float32), {}
         for name, logits, label in zip(OF_A_THING, found, points.unbind(-1)):
             if (label == UNNAMED).any():
                 continue
-            adjusted = only_seen(name, logits, points).flatten(0, -2)
+            adjusted = only_seen(name, logits, points, unseen).flatten(0, -2)
             errors = F.cross_entropy(adjusted, label.flatten(), reduction="none").view_as(label)
             loss = loss + _balanced(errors, there)
             correct = (logits.detach().argmax(-1) == label).float()

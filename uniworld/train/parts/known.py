@@ -66,10 +66,12 @@ class KnownHead(nn.Module):
         if not alone.any():
             return loss, right
         things = labels["things"].long()
+        unseen = labels["unseen_shapes"][alone] if "unseen_shapes" in labels else None
         for name, logits, label in zip(OF_A_THING, attributes, things.unbind(-1)):
             if (label == UNNAMED).any():
                 continue
-            loss = loss + F.cross_entropy(only_seen(name, logits[alone], things[alone]), label[alone])
+            adjusted = only_seen(name, logits[alone], things[alone], unseen)
+            loss = loss + F.cross_entropy(adjusted, label[alone])
             right[f"known_{name}_right"] = (logits.detach().argmax(-1) == label)[alone].float().mean()
         squared = (place - labels["place"])[alone].square().mean()
         return loss + PLACE_WEIGHT * squared, right | {"known_place_error": squared.detach().sqrt()}

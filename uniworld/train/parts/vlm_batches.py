@@ -32,7 +32,7 @@ from uniworld.train.parts.conversations import (
 from uniworld.train.parts.dense import OF_A_THING, UNNAMED, changed_points, dense_labels
 from uniworld.train.parts.grounding import NO_QUESTION, ROLES, asked_labels, changed_labels, descriptions
 from uniworld.train.parts.known import known_labels
-from uniworld.train.parts.recolour import recoloured
+from uniworld.train.parts.recolour import UnseenShapes, recoloured, unseen_at_points, unseen_of_roles
 from uniworld.train.parts.sizes import PREPROCESSOR, VLM_PX
 from uniworld.train.parts.unseen_words import UnseenWords, unseen_answers
 
@@ -58,7 +58,7 @@ COLOUR_BLIND = ("shape", "material", "count", "where", "relation", "is_bigger", 
 TRIES = 4  # for every such question: not every scene has things of each kind to compare
 # Batches in turn, first of pictures alone and then with conversations: from these alone pointing is forgotten.
 FIRST_TURNS = ("look", "plan")
-LATER_TURNS = ("converse", "ask", "see", "plan", "talk", "look", "ask", "see", "plan", "talk")
+LATER_TURNS = ("converse", "ask", "see", "plan", "talk", "see", "look", "ask", "see", "plan", "talk")
 COLOURS_OF_THINGS = list(OF_A_THING).index("colour")
 Asked = tuple[Scene, Question]
 
@@ -110,21 +110,28 @@ class Batches:
 
     def _recoloured(self, items: Sequence[Item]) -> dict[str, Any]:
         """Pictures in other colours, which have no names, and of the questions about each those that name none."""
-        scenes, pictures, turns, pairs = [item.scenes[0] for item in items], [], [], []
+        scenes, pictures, turns, pairs, answers = [item.scenes[0] for item in items], [], [], [], []
+        unseen: list[UnseenShapes] = []
         for row, (item, scene) in enumerate(zip(items, scenes)):
             rng = np.random.default_rng((item.seed, NUM_ASKED))
-            pictures.append(recoloured(item.pictures[0], scene, rng))
-            for question in _single_questions(scene, wording(item.language, rng), item.split):
+            words, (picture, of_things) = wording(item.language, rng), recoloured(item.pictures[0], scene, rng)
+            pictures.append(picture)
+            unseen.append(of_things)
+            for question in _single_questions(scene, words, item.split):
                 if question.kind in COLOUR_BLIND and not any(described.colour for described in question.about):
                     turns.append((row, conversation_text(turns_of(question, with_picture=True))))
                     pairs.append((scene, question))
+                    asked = of_things[question.about[0].matches(scene)[0]] if question.kind == "shape" else ()
+                    answers.append(tuple(words.shape(shape) for shape in sorted(asked)))
         batch = self._short_turns(pictures, turns) | {"seen": self._labels(scenes)}
         batch["seen"]["points"][..., COLOURS_OF_THINGS] = UNNAMED
+        batch["seen"]["unseen_shapes"] = unseen_at_points(scenes, unseen, NUM_POINTS)
         if not pairs:
             return batch
         batch |= self._answers(batch, pairs, pairs)
         batch["known"]["things"][..., COLOURS_OF_THINGS] = UNNAMED
-        return batch | {"unseen": self.unseen_words.find(batch["labels"])}
+        batch["known"]["unseen_shapes"] = unseen_of_roles(pairs, [unseen[row] for row, _ in turns])
+        return batch | {"unseen": self.unseen_words.find(batch["labels"], answers)}
 
     def _planned(self, items: Sequence[Item]) -> dict[str, Any]:
         """Pictures, and edits of each, its item's and others, with what they lead to."""
