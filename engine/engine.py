@@ -4,7 +4,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, Unpack
 
 import torch
@@ -284,6 +284,7 @@ class Engine(LoraMethods):
         return {job.id: self._result(job) for job in batch}
 
     def _job(self, request: Request) -> Job:
+        request = self._with_defaults(request)
         height, width = request.height, request.width
         if height is None:
             first = request.images[0] if request.images else None
@@ -299,6 +300,12 @@ class Engine(LoraMethods):
             inputs=self.conditioner.tokenize(request),
             negative_inputs=self.conditioner.tokenize_negative(request),
         )
+
+    def _with_defaults(self, request: Request) -> Request:
+        """The request with the model's own steps and guidance where it names none."""
+        names = ("num_inference_steps", "guidance_scale")
+        missing = {name: getattr(self.model, name) for name in names if getattr(request, name) is None}
+        return replace(request, **missing) if missing else request
 
     def _same(self, value: Any) -> Any:
         """What is random or decided, the same on all processes that draw together."""

@@ -18,10 +18,10 @@ from torch import Tensor
 from uniworld.models.conditioning import Conditioning
 from uniworld.models.flow import TOKEN_PX
 from uniworld.models.prompts import VLMInputs, check_text
+from uniworld.models.unified import MAX_GUIDANCE, MAX_STEPS
 from uniworld.models.vision_processor import MAX_ASPECT_RATIO
 
 MAX_SIDE_PX = 4096
-MAX_STEPS = 1000
 MAX_IMAGES = 8
 CACHES = ("first_block", "taylor")
 MAX_CACHE_ORDER = 3
@@ -95,6 +95,7 @@ class StepCacheReport:
 class Request:
     """One picture to draw. None means the default that the specification gives.
 
+    num_inference_steps, guidance_scale: None takes the model's own, 28 and 3.5 where it names none.
     height, width: pixels, multiples of 16; None takes the nearest of 11 aspect ratios of the first reference image
     (square without one) at the model's area. true_cfg_scale above 1 runs a second pass with `negative_prompt`.
     use_t5: None uses T5 where it is loaded. pooled_prompt: text for CLIP; None is the prompt when T5 is used, else "".
@@ -110,8 +111,8 @@ class Request:
     system: str | None = None
     height: int | None = None
     width: int | None = None
-    num_inference_steps: int = 28
-    guidance_scale: float = 3.5
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
     true_cfg_scale: float = 1.0
     negative_prompt: str | None = None
     seed: int | None = None
@@ -132,9 +133,9 @@ class Request:
         check_text("negative_prompt", self.negative_prompt or "")
         for name in ("num_inference_steps", "height", "width", "seed"):
             value = getattr(self, name)
-            if not isinstance(value, Integral) and (value is not None or name == "num_inference_steps"):
+            if not isinstance(value, Integral) and value is not None:
                 raise ValueError(f"{name}={value!r}: must be a whole number")
-        if not 1 <= self.num_inference_steps <= MAX_STEPS:
+        if self.num_inference_steps is not None and not 1 <= self.num_inference_steps <= MAX_STEPS:
             raise ValueError(f"num_inference_steps={self.num_inference_steps}: must be from 1 to {MAX_STEPS}")
         for name in ("height", "width"):
             check_side(name, getattr(self, name))
@@ -144,8 +145,8 @@ class Request:
             raise ValueError(f"images: {len(self.images)} given, at most {MAX_IMAGES} are allowed")
         for i, image in enumerate(self.images):
             check_image(f"images[{i}]", image)
-        if not 0 <= self.guidance_scale <= 100:
-            raise ValueError(f"guidance_scale={self.guidance_scale}: must be from 0 to 100")
+        if self.guidance_scale is not None and not 0 <= self.guidance_scale <= MAX_GUIDANCE:
+            raise ValueError(f"guidance_scale={self.guidance_scale}: must be from 0 to {MAX_GUIDANCE}")
         if not 1 <= self.true_cfg_scale <= 100:
             raise ValueError(f"true_cfg_scale={self.true_cfg_scale}: must be from 1 (off) to 100")
         if self.negative_prompt is not None and self.true_cfg_scale == 1:

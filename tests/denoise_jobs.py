@@ -44,7 +44,7 @@ def make_job(seed: int, num_txt: int = 7, model=None, height: int = HEIGHT, widt
         pooled = torch.randn(1, config.pooled_projection_dim, generator=generator)
         return Conditioning(txt.to(weight), (length,), pooled.to(weight))
 
-    request = Request(prompt="", **{"num_inference_steps": 6, **settings})
+    request = Request(prompt="", **{"num_inference_steps": 6, "guidance_scale": 3.5, **settings})
     job = Job(request=request, height=height, width=width, seed=seed, inputs=None)
     job.conditioning = conditioning(num_txt)
     job.negative = conditioning(4) if request.true_cfg_scale > 1 else None

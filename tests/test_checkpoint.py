@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from uniworld.checkpoint import locate, names
-from uniworld.checkpoint.load import load_uniworld
+from uniworld.checkpoint.load import drawing_defaults, load_uniworld
 from uniworld.checkpoint.precision import default_dtype
 from uniworld.checkpoint.save import ShardWriter, atomic_folder, save_uniworld
 from uniworld.checkpoint.weights import Plan, fill, module_targets, parameters_on_meta, read_headers
@@ -167,7 +167,21 @@ def test_settings_come_from_the_configs(loaded):
     assert (shift.base_image_seq_len, shift.max_image_seq_len) == (256, 4096)
     assert loaded.anchor_px == 1024 * 1024
     assert loaded.random_weights is False
+    assert (loaded.num_inference_steps, loaded.guidance_scale) == (28, 3.5)
     assert loaded.text_encoders.has_t5
+
+
+def test_a_checkpoint_names_its_own_steps_and_guidance(tmp_path):
+    own = {"num_inference_steps": 4, "guidance_scale": 1}
+    assert drawing_defaults({"uniworld": own}, tmp_path) == {"num_inference_steps": 4, "guidance_scale": 1.0}
+    assert drawing_defaults({}, tmp_path) == {"num_inference_steps": 28, "guidance_scale": 3.5}
+    for name, values, allowed in (
+        ("num_inference_steps", (0, 1001, 2.5, "4", True), "from 1 to 1000"),
+        ("guidance_scale", (-1, 101, "1", None), "from 0 to 100"),
+    ):
+        for value in values:
+            with pytest.raises(ValueError, match=f"{tmp_path}: uniworld.{name}={value!r}: must be {allowed}"):
+                drawing_defaults({"uniworld": own | {name: value}}, tmp_path)
 
 
 def test_scheduler_settings_are_read(folders, tmp_path):

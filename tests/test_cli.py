@@ -45,8 +45,9 @@ class FakeEngine:
 
     def _draw(self, settings):
         on_step = settings.pop("on_step")
-        for step in range(1, settings["num_inference_steps"] + 1):
-            on_step(SimpleNamespace(step=step, num_inference_steps=settings["num_inference_steps"]))
+        num_steps = settings["num_inference_steps"] or 28
+        for step in range(1, num_steps + 1):
+            on_step(SimpleNamespace(step=step, num_inference_steps=num_steps))
             if self.fail:
                 raise self.fail
         return SimpleNamespace(
@@ -55,7 +56,7 @@ class FakeEngine:
             seed=settings["seed"],
             width=64,
             height=64,
-            num_inference_steps=settings["num_inference_steps"],
+            num_inference_steps=num_steps,
             graphs="eager: a fake",
             offload="parts: a fake",
             step_cache=settings["cache"] and SimpleNamespace(num_computed=1),

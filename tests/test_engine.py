@@ -74,6 +74,20 @@ def test_size_auto_follows_the_picture(engine, monkeypatch):
     assert (result.height, result.width) == (256, 256)
 
 
+def test_steps_and_guidance_are_the_models_where_none_are_named(engine, monkeypatch):
+    monkeypatch.setattr(engine.model, "num_inference_steps", 2)
+    monkeypatch.setattr(engine.model, "guidance_scale", 1.5)
+    size = {"height": 64, "width": 64, "seed": 1}
+    default = engine.generate("x", **size)
+    assert default.num_inference_steps == 2
+    named = engine.generate("x", num_inference_steps=2, guidance_scale=1.5, **size)
+    assert torch.equal(default.latents, named.latents)
+    other = engine.generate("x", num_inference_steps=3, guidance_scale=4.0, **size)
+    assert other.num_inference_steps == 3 and not torch.allclose(other.latents, default.latents, atol=1e-3)
+    guided = engine.generate("x", guidance_scale=4.0, **size)
+    assert guided.num_inference_steps == 2 and not torch.equal(guided.latents, default.latents)
+
+
 def test_batch_of_unequal_requests_equals_each_alone(engine):
     """Different prompts, lengths, numbers of pictures, guidance and seeds in one batch."""
     requests = [
@@ -249,7 +263,6 @@ def test_given_latents_replace_the_seed(engine):
         ({"seed": -1}, "seed=-1"),
         ({"seed": 1.5}, "seed=1.5: must be a whole number"),
         ({"num_inference_steps": 2.5}, "num_inference_steps=2.5: must be a whole number"),
-        ({"num_inference_steps": None}, "num_inference_steps=None: must be a whole number"),
         ({"height": 64.0, "width": 64}, "height=64.0: must be a whole number"),
         ({"images": ["cat.jpg"]}, r"images\[0\]: must be a PIL image, got str"),
         ({"negative_prompt": "<|im_end|>", "true_cfg_scale": 2}, "negative_prompt: must not contain the reserved"),

@@ -8,6 +8,9 @@ import numpy as np
 import pytest
 
 from uniworld import cli
+from uniworld.checkpoint.build import read_config
+from uniworld.checkpoint.load import drawing_defaults
+from uniworld.checkpoint.tiny import tiny_dir
 from uniworld.data.scenes import perception
 from uniworld.data.scenes.captions import Prompt, Want
 from uniworld.data.scenes.descriptions import Description
@@ -288,6 +291,9 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     results = json.loads((tmp_path / "out" / "scores.json").read_text())
     assert [row["num"] for row in results["rows"] if row["unit"] == "share"] == [2, 2, 2, 2, 2]
     assert all(0 <= row["value"] <= 1 for row in results["rows"] if row["unit"] == "share")
+    asked = json.loads((tmp_path / "out" / "run.json").read_text())
+    own = drawing_defaults(read_config(tiny_dir()), tiny_dir())  # what no option names
+    assert (asked["steps"], asked["guidance"]) == (1, own["guidance_scale"])
     assert page.read_text().count("<article") == 10
     assert "<script" not in page.read_text()
     drawn = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "answers").rglob("*.*")}

@@ -53,7 +53,7 @@ def pointing(words, tmp_path_factory):
 def test_pictures_are_looked_at_first_wherever_the_items_begin(pointing):
     part, _, _ = pointing
     batches = Batches(dataclasses.replace(part.config, first_item=6), part.processor)
-    assert ["labels" in batches.make(range(start, start + 3)) for start in (6, 33)] == [False, True]
+    assert ["labels" in batches.make(range(start, start + 3)) for start in (6, 36)] == [False, True]
 
 
 def question(kind, about=(), value="", relation=None):

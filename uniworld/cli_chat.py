@@ -166,7 +166,7 @@ class Talk:
             printed.append(piece)
             print(piece, end="", flush=True)
 
-        with step_progress(console, self.settings["num_inference_steps"], at_once=False) as on_step:
+        with step_progress(console, at_once=False) as on_step:
             reply = self.engine.chat(
                 messages,
                 mode=self.mode,

@@ -106,7 +106,7 @@ def _draw_to_file(
         engine, load_s = load_engine(load, drawing.t5, report)
         if writes:
             note_random_weights(engine, NOISE_NOTE)
-        with step_progress(console, drawing.steps) as on_step:
+        with step_progress(console) as on_step:
             result = draw(engine, images, {**settings, "on_step": on_step})
         if not writes:
             return
@@ -229,9 +229,7 @@ def plain_warnings(console: Console) -> Iterator[None]:
 
 
 @contextmanager
-def step_progress(
-    console: Console, num_inference_steps: int, at_once: bool = True
-) -> Iterator[Callable[["StepInfo"], None]]:
+def step_progress(console: Console, at_once: bool = True) -> Iterator[Callable[["StepInfo"], None]]:
     """A bar over the denoising steps on stderr; gives the callback that moves it.
 
     at_once: show it before the first step, which comes after the images and the prompt are read.
@@ -246,12 +244,12 @@ def step_progress(
         TimeRemainingColumn(),
     )
     progress = Progress(*columns, console=console, transient=console.is_terminal)
-    bar = progress.add_task("reading", total=num_inference_steps)
+    bar = progress.add_task("reading", total=None)
 
     def on_step(info: "StepInfo") -> None:
         progress.start()
         description = "decoding" if info.step == info.num_inference_steps else "drawing"
-        progress.update(bar, completed=info.step, description=description)
+        progress.update(bar, total=info.num_inference_steps, completed=info.step, description=description)
 
     try:
         if at_once:

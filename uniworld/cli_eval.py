@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from uniworld.checkpoint.build import read_config
+from uniworld.checkpoint.load import drawing_defaults, model_folder
 from uniworld.cli_draw import load_engine, note_random_weights, plain_warnings, stderr_console
 from uniworld.cli_options import LoadOptions, ReportOptions
 from uniworld.data.scenes.make import write_whole
@@ -32,8 +34,8 @@ class EvalOptions:
 
     num: int
     columns: str | None
-    steps: int
-    guidance: float
+    steps: int | None
+    guidance: float | None
     seed: int
     size_px: int
     batch: int
@@ -50,8 +52,14 @@ def scenes(folder: Path, options: EvalOptions, load: LoadOptions, report: Report
     if options.page is not None and options.page.suffix.lower() not in (".html", ".htm"):
         raise ValueError(f"--page {options.page}: must end in .html")
     model = " + ".join([load.model, *(load.lora or ())])
+    own = model_folder(load.model)
+    defaults = drawing_defaults(read_config(own), own)
     plan = SuitePlan(
-        model=model, seed=options.seed, steps=options.steps, guidance=options.guidance, size_px=options.size_px
+        model=model,
+        seed=options.seed,
+        steps=defaults["num_inference_steps"] if options.steps is None else options.steps,
+        guidance=defaults["guidance_scale"] if options.guidance is None else options.guidance,
+        size_px=options.size_px,
     )
     open_folder(plan, folder)
     _answer(plan, columns, options, folder, load, report)

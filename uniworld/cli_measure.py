@@ -31,8 +31,13 @@ def scenes(
             show_default=False,
         ),
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 28,
-    guidance: Annotated[float, typer.Option(min=0, help="Embedded guidance of FLUX.1-dev.")] = 3.5,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Denoising steps; default: the model's own, or 28.", show_default=False)
+    ] = None,
+    guidance: Annotated[
+        float | None,
+        typer.Option(min=0, help="Embedded guidance; default: the model's own, or 3.5.", show_default=False),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the items and of the noise.")] = 0,
     size: Annotated[int, typer.Option(metavar="PIXELS", help="Width and height of the pictures.")] = 128,
     batch: Annotated[int, typer.Option(min=1, metavar="N", help="Pictures drawn at a time.")] = 8,

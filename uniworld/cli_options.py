@@ -161,7 +161,12 @@ class DrawOptions:
     """How a picture is drawn."""
 
     seed: Annotated[int | None, typer.Option(help="Same seed, same picture.", rich_help_panel=DRAW_PANEL)] = None
-    steps: Annotated[int, typer.Option(help="Denoising steps.", rich_help_panel=DRAW_PANEL)] = 28
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            help="Denoising steps; default: the model's own, or 28.", rich_help_panel=DRAW_PANEL, show_default=False
+        ),
+    ] = None
     size: Annotated[
         str,
         typer.Option(
@@ -170,7 +175,14 @@ class DrawOptions:
             rich_help_panel=DRAW_PANEL,
         ),
     ] = "auto"
-    guidance: Annotated[float, typer.Option(help="Embedded guidance of FLUX.1-dev.", rich_help_panel=DRAW_PANEL)] = 3.5
+    guidance: Annotated[
+        float | None,
+        typer.Option(
+            help="Embedded guidance of FLUX.1-dev; default: the model's own, or 3.5.",
+            rich_help_panel=DRAW_PANEL,
+            show_default=False,
+        ),
+    ] = None
     negative: Annotated[
         str | None, typer.Option(metavar="TEXT", help="What to avoid; needs --true-cfg.", rich_help_panel=DRAW_PANEL)
     ] = None

@@ -40,7 +40,7 @@ from uniworld.models.siglip import SemanticEncoder
 from uniworld.models.task_head import TaskHead
 from uniworld.models.text_encoders import TextEncoders
 from uniworld.models.tokenizers import load_tokenizer
-from uniworld.models.unified import FULL_ANCHOR_PX, TimeShift, UniWorld
+from uniworld.models.unified import FULL_ANCHOR_PX, MAX_GUIDANCE, MAX_STEPS, TimeShift, UniWorld
 from uniworld.models.vae import ImageAutoencoder
 from uniworld.models.vision_processor import VisionProcessor
 
@@ -165,6 +165,7 @@ def load_uniworld(
         task_head=task_head,
         time_shift=time_shift,
         anchor_px=settings.get("anchor_px", FULL_ANCHOR_PX),
+        **drawing_defaults(config, folders.model),
         references=settings["references"],
         random_weights=settings.get("random_weights", False),
         known_world=KnownWorld.load(folders.siglip),
@@ -180,6 +181,20 @@ def load_uniworld(
         own = {name: parts[name] for name in CONNECTORS if name in parts}
         override_connectors(own, Path(connectors), check_finite)
     return made
+
+
+def drawing_defaults(config: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """What a checkpoint's config.json says of the steps and the guidance of a request that names none.
+
+    Raises: ValueError naming the field.
+    """
+    own = config.get("uniworld", {})
+    steps, guidance = own.get("num_inference_steps", 28), own.get("guidance_scale", 3.5)
+    if type(steps) is not int or not 1 <= steps <= MAX_STEPS:
+        raise ValueError(f"{folder}: uniworld.num_inference_steps={steps!r}: must be from 1 to {MAX_STEPS}")
+    if type(guidance) not in (int, float) or not 0 <= guidance <= MAX_GUIDANCE:
+        raise ValueError(f"{folder}: uniworld.guidance_scale={guidance!r}: must be from 0 to {MAX_GUIDANCE}")
+    return {"num_inference_steps": steps, "guidance_scale": float(guidance)}
 
 
 def model_folder(model: str | Path) -> Path:

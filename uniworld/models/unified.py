@@ -20,6 +20,7 @@ from uniworld.models.text_encoders import TextEncoders
 from uniworld.models.vae import ImageAutoencoder
 from uniworld.models.vlm import VisionLanguageModel
 
+MAX_STEPS, MAX_GUIDANCE = 1000, 100  # of a request
 FULL_ANCHOR_PX = 1024 * 1024
 
 
@@ -60,6 +61,9 @@ class UniWorld:
     time_shift: TimeShift = field(default_factory=TimeShift)
     anchor_px: int = FULL_ANCHOR_PX
     """Area in pixels of the pictures the model was made for; sizes "auto" aim at it."""
+    num_inference_steps: int = 28
+    guidance_scale: float = 3.5
+    """Steps and embedded guidance of a request that names none."""
     references: str = "siglip"
     """What stands for a reference picture beside its VLM states: one of `references.REFERENCES`."""
     random_weights: bool = False

@@ -55,10 +55,11 @@ NUM_TALKED = 6  # questions of any kind in one conversation, besides those that 
 COMPARING = ("relation", "what_at", "bigger", "smaller", "is_bigger", "same_colour", "more")
 # What can be asked of pictures in other colours.
 COLOUR_BLIND = ("shape", "material", "count", "where", "relation", "is_bigger", "more")
+DRAWN_FOR_ONE = 3  # for every one that is kept: most name a colour
 TRIES = 4  # for every such question: not every scene has things of each kind to compare
 # Batches in turn, first of pictures alone and then with conversations: from these alone pointing is forgotten.
 FIRST_TURNS = ("look", "plan")
-LATER_TURNS = ("converse", "ask", "see", "plan", "talk", "see", "look", "ask", "see", "plan", "talk")
+LATER_TURNS = ("converse", "talk", "ask", "talk", "see", "talk", "plan", "talk", "look", "talk", "see", "talk")
 COLOURS_OF_THINGS = list(OF_A_THING).index("colour")
 Asked = tuple[Scene, Question]
 
@@ -117,7 +118,7 @@ class Batches:
             words, (picture, of_things) = wording(item.language, rng), recoloured(item.pictures[0], scene, rng)
             pictures.append(picture)
             unseen.append(of_things)
-            for question in _single_questions(scene, words, item.split):
+            for question in (q for _ in range(DRAWN_FOR_ONE) for q in _single_questions(scene, words, item.split)):
                 if question.kind in COLOUR_BLIND and not any(described.colour for described in question.about):
                     turns.append((row, conversation_text(turns_of(question, with_picture=True))))
                     pairs.append((scene, question))
