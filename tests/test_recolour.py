@@ -10,6 +10,7 @@ from uniworld.data.scenes.descriptions import Description
 from uniworld.data.scenes.graph import COLOURS, SHAPES, Scene, Thing, is_held_out
 from uniworld.data.scenes.questions import Question
 from uniworld.data.scenes.render import render
+from uniworld.train.parts import recolour
 from uniworld.train.parts.recolour import (
     GREYS,
     MIN_HUE_GAP,
@@ -78,6 +79,18 @@ def test_edges_stay_where_they_are():
         assert np.array_equal(first[which], new.reshape(-1, 3))
     again, _ = recoloured(picture, scene, np.random.default_rng(3))
     assert np.array_equal(again, seen[3])
+
+
+def test_hues_stay_where_none_is_far_enough_from_what_is_held_out(monkeypatch):
+    """A shape that is held out in yellow, in orange near it: it is shown as it is, and not learned as impossible."""
+    monkeypatch.setattr(recolour, "TRIES", 0)
+    shape = next(shape for shape in SHAPES if is_held_out(shape, "yellow"))
+    scene = Scene(things=(Thing(shape=shape, colour="orange"),))
+    patch = np.full((2, 2, 3), COLOURS["orange"], np.uint8)
+    for seed in range(20):
+        new, (unseen,) = recoloured(patch, scene, np.random.default_rng(seed))
+        assert abs(degrees(new[0, 0].tolist()) - degrees(COLOURS["orange"])) < 8
+        assert new.max() - new.min() > 0.36 * 255 and shape not in unseen
 
 
 def test_labels_are_of_every_point_and_role():

@@ -3,8 +3,8 @@
 Ten pairs of shape and colour are held out. A vision tower that sees no blue cylinder has no need to look at what tells
 one from a blue cube, and does not: after 22,000 steps it read the shapes of 95 % of things, and of 46 % of those whose
 pair is held out. Turning hues and taking colour away, as all contrastive learning does (Chen et al., 2020, SimCLR,
-section 3.2), makes it look. No picture shows a held-out pair: what comes near its colour is not
-drawn, or so pale that it is a tinted grey.
+section 3.2), makes it look. No picture shows a held-out pair: what comes near its colour is not drawn, or so pale that
+it is a tinted grey.
 """
 
 import colorsys
@@ -36,12 +36,14 @@ def recoloured(picture: np.ndarray, scene: Scene, rng: np.random.Generator) -> t
     light = (255 * (np.arange(256) / 255) ** rng.uniform(*GAMMA)).round().astype(np.uint8)
     pale = rng.random() < PALE_RATE
     shift = _hue_shift(scene, rng, pale)
+    if shift is None:
+        pale, shift = False, 0.0  # hues that are shown anyway
     hue, saturation, value = cv2.split(cv2.cvtColor(picture, cv2.COLOR_RGB2HSV_FULL))
     hue = hue + np.uint8(shift / 360 * 256)  # around the circle, as 8 bits are
     turned = cv2.cvtColor(cv2.merge([hue, saturation, light[value]]), cv2.COLOR_HSV2RGB_FULL).astype(np.float32)
     grey = cv2.cvtColor(turned, cv2.COLOR_RGB2GRAY)[..., None]
     new = grey + max(rng.uniform(*(PALE if pale else VIVID)), 0) * (turned - grey)
-    unseen = tuple(_held_out_with(_near(thing.colour, shift, pale)) for thing in scene.things)
+    unseen = tuple(_held_out_with(_near(thing.colour, shift, pale)) - {thing.shape} for thing in scene.things)
     return new.round().clip(0, 255).astype(np.uint8), unseen
 
 
@@ -66,13 +68,13 @@ def _classes(unseen: UnseenShapes) -> np.ndarray:
     return np.array([[False] * (1 + len(SHAPES)), *([False, *(s in shapes for s in SHAPES)] for shapes in unseen)])
 
 
-def _hue_shift(scene: Scene, rng: np.random.Generator, pale: bool) -> float:
+def _hue_shift(scene: Scene, rng: np.random.Generator, pale: bool) -> float | None:
     """Degrees, 0 to 360, by which all hues turn so that no thing comes near a colour that is held out with its shape;
-    0 where nothing else was found."""
+    None where nothing was found."""
     for shift in rng.uniform(0, 360, TRIES):
         if not any(thing.shape in _held_out_with(_near(thing.colour, shift, pale)) for thing in scene.things):
             return float(shift)
-    return 0.0
+    return None
 
 
 def _near(colour: str, shift: float, pale: bool) -> list[str]:
