@@ -56,7 +56,7 @@ def test_every_input_matters(engine):
         engine.edit(picture("green"), "make it blue", **FAST, seed=5),
         engine.edit([picture(), picture("green")], "make it blue", **FAST, seed=5),
         engine.edit(picture(), "make it blue", **FAST, seed=6),
-        engine.edit(picture(), "make it blue", **FAST, seed=5, guidance_scale=1.0),
+        engine.edit(picture(), "make it blue", **FAST, seed=5, guidance_scale=4.0),
         engine.edit(picture(), "make it blue", **FAST, seed=5, use_t5=False),
         engine.edit(picture(), "make it blue", **FAST, seed=5, pooled_prompt="something else"),
         engine.edit(picture(), "make it blue", **FAST, seed=5, true_cfg_scale=3.0),

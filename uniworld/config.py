@@ -218,11 +218,8 @@ BOUNDS = (
         "checkpoint.every_steps checkpoint.keep validation.num_inference_steps",
         *(1, math.inf, "at least 1"),
     ),
-    (
-        "seed model.num_queries data.num_workers optim.warmup_steps optim.clip_norm ema.update_after_step "
-        "validation.every_steps",
-        *(0, math.inf, "at least 0"),
-    ),
+    ("seed model.num_queries data.num_workers optim.warmup_steps optim.clip_norm", 0, math.inf, "at least 0"),
+    ("ema.update_after_step validation.every_steps", 0, math.inf, "at least 0"),
     ("data.focus_weight", 1, 1000, "from 1 to 1000"),
     ("data.drop_prompt_rate data.drop_t5_rate data.max_bad_share ema.decay ema.min_decay", 0, 1, "from 0 to 1"),
 )
