@@ -60,14 +60,19 @@ def answer_labels(input_ids: Tensor, attention_mask: Tensor, tokens: TokenIds) -
     return labels
 
 
+def answer_starts(labels: Tensor) -> Tensor:
+    """bool [B, L]: the first token of every answer."""
+    learned = labels != IGNORED
+    return learned & ~F.pad(learned, (1, -1))
+
+
 def answer_weights(labels: Tensor) -> Tensor:
     """fp32 [B, L], of sum 1: an answer of n tokens counts sqrt(n), so that captions do not drown answers of one word.
 
     Source: Chen et al., 2024, InternVL 2.5, section 3.3, "square averaging".
     """
     learned = labels != IGNORED
-    starts = learned & ~F.pad(learned, (1, -1))
-    answer = (starts.flatten().cumsum(0) * learned.flatten()).to(torch.int64)  # 0 outside of answers
+    answer = (answer_starts(labels).flatten().cumsum(0) * learned.flatten()).to(torch.int64)  # 0 outside of answers
     lengths = torch.bincount(answer)
     weights = torch.where(answer > 0, lengths[answer].float().rsqrt(), 0.0)
     return (weights / weights.sum()).view_as(labels)

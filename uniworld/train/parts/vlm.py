@@ -33,7 +33,7 @@ from uniworld.models.vision_processor import VisionProcessor
 from uniworld.models.vlm import VisionLanguageModel, rope_index
 from uniworld.train.parts.attention import use_fast_attention
 from uniworld.train.parts.config import PartConfig
-from uniworld.train.parts.conversations import IGNORED, answer_weights, turns_of
+from uniworld.train.parts.conversations import IGNORED, answer_starts, answer_weights, turns_of
 from uniworld.train.parts.dense import UNNAMED, DenseHead, PlaceHead
 from uniworld.train.parts.grounding import GroundingHead
 from uniworld.train.parts.known import KnownHead
@@ -158,8 +158,7 @@ class VisionLanguage:
 
     def _read_known(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """What is known of the things that each question speaks of, at the last token before its answer."""
-        learned = batch["labels"] != IGNORED
-        row, begin = (learned & ~F.pad(learned, (1, -1))).nonzero(as_tuple=True)
+        row, begin = answer_starts(batch["labels"]).nonzero(as_tuple=True)
         states = self._at_layer[GROUNDED_LAYERS[-1]][row, begin - 1]
         return self.module["known"](states, batch["known"])
 
