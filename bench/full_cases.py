@@ -69,6 +69,7 @@ class Scale:
     gemm: int = 8192
     request_cases: tuple[Case, ...] = field(init=False)
     step_cases: tuple[Case, ...] = field(init=False)
+    served_cases: tuple[Case, ...] = field(init=False)
 
     def __post_init__(self):
         """The most wanted cases first: a run that is cut off leaves those."""
@@ -77,10 +78,12 @@ class Scale:
             one += [Case(refs, px, 1, self.shrink) for refs in (1, 0)]
         two = [Case(2, px, 1, self.shrink) for px in self.sides_px]
         for px in reversed(self.sides_px):
-            many += [Case(1, px, batch, self.shrink) for batch in self.batches]
-        many += [Case(1, px, self.batches[0], self.shrink, unequal=True) for px in self.sides_px if self.batches]
+            many += [Case(refs, px, batch, self.shrink) for refs in (1, 0) for batch in self.batches]
+        unequal = [Case(1, px, self.batches[0], self.shrink, unequal=True) for px in self.sides_px if self.batches]
+        many += unequal
         object.__setattr__(self, "request_cases", (*one, two[0]))
         object.__setattr__(self, "step_cases", (*one, *two, *many))
+        object.__setattr__(self, "served_cases", tuple(unequal[-1:]))
 
 
 FULL = Scale("full_scale", FULL_SIZE, sides_px=(1024, 512), batches=(4, 8), num_steps=28, overhead_steps=8)

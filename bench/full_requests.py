@@ -2,7 +2,6 @@
 
 import functools
 import math
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -12,9 +11,10 @@ from typing import Any
 from unittest import mock
 
 import torch
+from deadline import COMPILE_S, Deadline, Missing
 from full_cases import Case, Scale, noise_pictures
 from full_model import random_uniworld
-from full_steps import Measured, Missing, check_e4m3, compiled_peer, diffusers_peer
+from full_steps import Measured, check_e4m3, compiled_peer, diffusers_peer
 from peers import relative_error, same_attention
 from residents import measure_once, own_bytes, without_frames
 from timing import Call, Samples, interleave
@@ -23,22 +23,23 @@ from torch import Tensor, nn
 from uniworld.engine import Engine
 from uniworld.engine.cache import ConditioningCache
 from uniworld.engine.quantize import quantized_copy
+from uniworld.engine.request import Request
 from uniworld.models.unified import UniWorld
 
 OURS, FP8, FIRST_BLOCK, TAYLOR = "ours", "ours, fp8", "ours, first-block cache", "ours, taylor cache"
 EAGER, PEER_COMPILED, AUTHORS = "diffusers eager", "diffusers compiled", "the authors' flow"
+TOGETHER, ONE_BY_ONE = "ours", "ours, one after the other"  # of requests that are served together
 CACHES = {FIRST_BLOCK: {"cache": "first_block"}, TAYLOR: {"cache": "taylor"}}
 PROMPT = "Make it look like a watercolour painting of a quiet harbour in the evening, with warm light on the water"
-UNTIL_VARIABLE = "UNIWORLD_BENCH_UNTIL"  # the time, in seconds since 1970, at which the run will be ended
 MIN_ROUNDS, MAX_ROUNDS = 2, 9
 OUTSIDE = ("tokenize", "preprocess", "connectors")  # words and the VLM's pictures; SigLIP's pictures; both connectors
 
 
 def request_sides(case: Case, largest_px: int) -> tuple[str, ...]:
-    """The compiled peer only at the largest size: every shape costs it a compilation."""
-    sides = (OURS, FP8, FIRST_BLOCK, TAYLOR, EAGER, AUTHORS)
+    """The most wanted first. The compiled peer only at the largest size: every shape costs it a compilation."""
+    sides = (OURS, EAGER, FP8, AUTHORS, FIRST_BLOCK, TAYLOR)
     if case.num_references > 1:
-        return (OURS, FP8, AUTHORS)
+        return sides[:4]
     return (*sides, PEER_COMPILED) if case.size_px == largest_px else sides
 
 
@@ -49,7 +50,7 @@ class RequestBench:
         self.scale, self.device, self.dtype, self.may_compile = scale, device, dtype, may_compile
         self.model = random_uniworld(scale.size, device, dtype)
         self.ours = Engine(self.model)
-        self.deadline = float(os.environ.get(UNTIL_VARIABLE, "inf"))
+        self.deadline = Deadline()
 
     @functools.cached_property
     def fp8(self) -> Engine:
@@ -70,20 +71,23 @@ class RequestBench:
         return {"height": case.size_px, "width": case.size_px, "num_inference_steps": num_steps, "seed": 7}
 
     def measure(self, case: Case) -> dict[str, Measured | Exception]:
-        """What every side of a case measures, or the exception that it raised."""
-        found, calls, latents, began = {}, {}, {}, time.time()
+        """What every side of a case measures, or the exception that it raised; ours and eager diffusers in any case,
+        the others as far as there is time for them and for the rounds of all."""
+        found, calls, latents, seconds = {}, {}, {}, {}
         for side in request_sides(case, max(self.scale.sides_px)):
             try:
+                self._keep_time(side, seconds)
                 call, modules = self._call(side, case)
-                own = own_bytes(*modules)
+                own, began = own_bytes(*modules), time.time()
                 (latents[side], more), peak = measure_once(call, own, self.device, once=side != PEER_COMPILED)
+                seconds[side] = time.time() - began
                 found[side] = Measured(Samples(""), peak, self.ours.attention.name, more=more)
                 calls[side] = call
             except Missing as error:
                 found[side] = error.with_traceback(None)
             except Exception as error:  # one side that fails must not hide the others
                 found[side] = without_frames(error)
-        rounds = self._rounds(time.time() - began)
+        rounds = self._rounds(sum(seconds.values()))
         timed = interleave(
             {s: [c] for s, c in calls.items()}, rounds=rounds, sample_s=0.0, device=self.device, warmup=0
         )
@@ -95,8 +99,14 @@ class RequestBench:
 
     def _rounds(self, seconds_a_round: float) -> int:
         """As many as half of the time that is left allows: what is measured next needs the other half."""
-        left = (self.deadline - time.time()) / 2
+        left = self.deadline.left_s / 2
         return MAX_ROUNDS if left == math.inf else max(MIN_ROUNDS, min(MAX_ROUNDS, int(left / seconds_a_round)))
+
+    def _keep_time(self, side: str, seconds: dict[str, float]) -> None:
+        """Raises: NoTime where too little is left for one side more, each of which took so long."""
+        if side not in (OURS, EAGER) and seconds:
+            first = max(seconds.values()) + (COMPILE_S if side == PEER_COMPILED else 0.0)
+            self.deadline.keep(first + MIN_ROUNDS * (sum(seconds.values()) + max(seconds.values())))
 
     def _call(self, side: str, case: Case) -> tuple[Call, list[nn.Module]]:
         """What draws, and the modules that it needs."""
@@ -116,6 +126,32 @@ class RequestBench:
     def _draw_theirs(self, pipeline, images: list, settings: dict) -> tuple[Tensor, dict[str, Any]]:
         with same_attention(self.device, self.ours.attention.name):
             return pipeline.draw(images, PROMPT, **settings)[0], {}
+
+    def together(self, case: Case) -> dict[str, Measured]:
+        """Edits whose words differ in number, `case.batch` in one call of `Engine.run`, and one after the other.
+        Their error is that of all final latents to those of requests alone."""
+        engine = Engine(self.model, max_batch_size=case.batch)
+        settings, images = self.settings(case, self.scale.num_steps), noise_pictures(case.num_references)
+        words = PROMPT.split()
+        ends = [len(words) * (case.batch + 1 + i) // (2 * case.batch) for i in range(case.batch)]
+        requests = [Request(prompt=" ".join(words[:end]), images=images, **settings) for end in ends]
+
+        def draw(groups: list[list[Request]]) -> Tensor:
+            engine.conditioner.cache = ConditioningCache()
+            return torch.cat([result.latents for group in groups for result in engine.run(group)])
+
+        calls = {TOGETHER: lambda: draw([requests]), ONE_BY_ONE: lambda: draw([[request] for request in requests])}
+        latents, seconds = {}, {}
+        for side, call in calls.items():
+            began = time.time()
+            latents[side] = call()
+            seconds[side] = time.time() - began
+        rounds = self._rounds(sum(seconds.values()))
+        sides = {side: [call] for side, call in calls.items()}
+        timed = interleave(sides, rounds=rounds, sample_s=0.0, device=self.device, warmup=0)
+        error = relative_error(latents[TOGETHER], latents[ONE_BY_ONE])
+        attention = self.ours.attention.name
+        return {side: Measured(timed[side], None, attention, error if side == TOGETHER else None) for side in calls}
 
     def overhead(self, case: Case, rounds: int = MAX_ROUNDS) -> tuple[Samples, dict[str, float]]:
         """Seconds of a request outside of every model, after one request unmeasured; and the median seconds in each

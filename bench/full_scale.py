@@ -12,9 +12,10 @@ import os
 import ceilings
 import pytest
 import torch
+from deadline import Missing, NoTime
 from full_cases import FULL, TOY, Case
-from full_requests import OURS, OUTSIDE, RequestBench, request_sides
-from full_steps import Measured, Missing, StepBench, has_diffusers, step_sides
+from full_requests import ONE_BY_ONE, OURS, OUTSIDE, TOGETHER, RequestBench, request_sides
+from full_steps import Measured, StepBench, has_diffusers, step_sides
 from peers import MISSING
 from residents import free
 
@@ -57,6 +58,11 @@ def request_of(case: Case) -> dict[str, Measured | Exception]:
 
 
 @functools.cache
+def served(case: Case) -> dict[str, Measured]:
+    return request_bench().together(case)
+
+
+@functools.cache
 def gemm() -> ceilings.Ceiling:
     return ceilings.gemm(DEVICE, torch.bfloat16, SCALE.gemm)
 
@@ -77,7 +83,7 @@ def test_step(case, side, report, written, report_missing):
         more |= {"tflop_s": rate, "of_gemm": rate * 1e12 / gemm().rate}
     more |= {"peak_gib": measured.peak_gib, "attention": measured.attention}
     if measured.error is not None:
-        more |= {"error": measured.error, "error_is": "relative to diffusers in fp32"}
+        more |= {"error": measured.error, "error_is": measured.error_is}
     report(BENCH, name, side, DTYPE, measured.samples, **more)
 
 
@@ -88,9 +94,11 @@ def pass_over(name: str, sides: tuple[str, ...], written) -> None:
 
 
 def succeeded(name: str, side: str, measured: Measured | Exception, report_missing) -> Measured:
-    """What was measured; else a row that says why there is no time, and the end of the test."""
+    """What was measured; else a row that says why nothing was, unless it only has to wait, and the end of the test."""
     if not isinstance(measured, Exception):
         return measured
+    if isinstance(measured, NoTime):
+        pytest.skip(str(measured))
     missing = isinstance(measured, Missing)
     report_missing(BENCH, name, side, DTYPE, str(measured) if missing else f"failed: {first_line(measured)}")
     if missing:
@@ -128,3 +136,19 @@ def test_request(case, side, report, written, report_missing):
     if measured.error is not None:
         more |= {"error": measured.error, "error_is": "final latents, relative to diffusers eager"}
     report(BENCH, name, side, DTYPE, measured.samples, **more)
+
+
+@needs_vae
+@pytest.mark.parametrize("side", (TOGETHER, ONE_BY_ONE))
+@pytest.mark.parametrize("case", SCALE.served_cases, ids=str)
+def test_requests_together(case, side, report, written):
+    """Throughput of a server: edits that wait together, of unequal lengths, in one call."""
+    name = f"requests, {case}"
+    pass_over(name, (TOGETHER, ONE_BY_ONE), written)
+    measured = served(case)[side]
+    samples = measured.samples
+    more = {"steps": SCALE.num_steps, "batch": case.batch, "pictures_per_s": case.batch / samples.median}
+    more["attention"] = measured.attention
+    if measured.error is not None:
+        more |= {"error": measured.error, "error_is": "final latents, relative to requests alone"}
+    report(BENCH, name, side, DTYPE, samples, **more)

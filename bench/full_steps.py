@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from deadline import COMPILE_S, Deadline, Missing
 from full_cases import Case, Scale, step_inputs
 from full_model import denoiser_config
 from peers import (
@@ -31,6 +32,7 @@ FP8, FP8_GRAPH = "ours, fp8", "ours, fp8, CUDA graph"
 ONE_BY_ONE = "ours, one after the other"  # of a batch of unequal lengths
 EAGER, PEER_COMPILED, TORCHAO = "diffusers eager", "diffusers compiled", "diffusers compiled, torchao fp8"
 PEERS = (EAGER, PEER_COMPILED, TORCHAO)
+COMPILING = (COMPILED, PEER_COMPILED, TORCHAO)
 MODELS = {  # of each side, the attribute of `StepBench` that it runs on
     OURS: "ours",
     COMPILED: "compiled",
@@ -45,17 +47,14 @@ MAX_RECOMPILES = 64  # every shape is compiled anew for two models that share th
 LONG_S = 0.05  # a call that takes longer is one sample, and has been warmed up enough
 
 
-class Missing(Exception):
-    """A side cannot run here; says why."""
-
-
 def step_sides(case: Case, largest_px: int) -> tuple[str, ...]:
-    """All sides at the largest size; each shape costs the compiled peers a compilation, and the rest have fewer."""
+    """All sides at the largest size; each shape costs the compiled ones a compilation, so that they come last, and the
+    rest have fewer."""
     if case.unequal:  # no graph holds the lengths, and diffusers attends to padding
         return (OURS, ONE_BY_ONE, FP8, EAGER)
     if case.batch > 1 or case.num_references > 1:
-        return (OURS, GRAPH, FP8_GRAPH, EAGER)
-    sides = (OURS, GRAPH, COMPILED, FP8, FP8_GRAPH, EAGER, PEER_COMPILED)
+        return (OURS, GRAPH, FP8_GRAPH, EAGER, PEER_COMPILED)
+    sides = (OURS, GRAPH, FP8, FP8_GRAPH, EAGER, PEER_COMPILED, COMPILED)
     return (*sides, TORCHAO) if case.size_px == largest_px else sides
 
 
@@ -64,13 +63,15 @@ class Measured:
     """Of one side.
 
     peak_gib: its own weights and what a call needs; attention: of a step what was seen to run, of a request the DiT's
-    backend in ours, which the peers are given too; more: what a request of ours says of itself.
+    backend in ours, which the peers are given too; error: of a step, to what `error_is` says; more: what a request of
+    ours says of itself.
     """
 
     samples: Samples
     peak_gib: float | None
     attention: str
     error: float | None = None
+    error_is: str = "relative to diffusers in fp32"
     more: dict[str, Any] = field(default_factory=dict)
 
 
@@ -79,7 +80,7 @@ class StepBench:
 
     def __init__(self, scale: Scale, device: str, dtype: torch.dtype, *, may_compile: bool = True, rounds: int = 9):
         self.scale, self.device, self.dtype, self.rounds = scale, device, dtype, rounds
-        self.may_compile = may_compile
+        self.may_compile, self.deadline = may_compile, Deadline()
         self.truths = self._truths() if has_diffusers() else {}
         free()
         self.ours = random_flux(denoiser_config(scale.size), dtype, device)
@@ -138,22 +139,35 @@ class StepBench:
     def measure(self, case: Case) -> dict[str, Measured | Exception]:
         """What every side of a case measures, or the exception that it raised."""
         inputs = step_inputs(case, self.ours.config, self.dtype, self.device)
-        found, calls = {}, {}
+        found, calls, predictions = {}, {}, {}
         for side in step_sides(case, max(self.scale.sides_px)):
             try:
+                if side in COMPILING:
+                    self.deadline.keep(2 * COMPILE_S)  # and as much for timing all sides, and to end
                 call, model = self._call(side, inputs, case)
                 prediction, peak = measure_once(call, own_bytes(model), self.device, once=side in GRAPHS)
                 plain = calls.get(GRAPHS.get(side, side), call)
-                error = relative_error(prediction, self.truths[case]) if case in self.truths else None
-                found[side] = Measured(Samples(""), peak, attention_kernels(plain), error)
-                calls[side] = call
+                found[side] = Measured(Samples(""), peak, attention_kernels(plain))
+                calls[side], predictions[side] = call, prediction.clone()  # a graph's is written to again
             except Missing as error:
                 found[side] = error.with_traceback(None)
             except Exception as error:  # one side that fails must not hide the others
                 found[side] = without_frames(error)
         for side, samples in self._timed(calls).items():
             found[side].samples = samples
+        self._compare(case, found, predictions)
         return found
+
+    def _compare(self, case: Case, found: dict[str, Measured | Exception], predictions: dict[str, Tensor]) -> None:
+        """Errors to the truth. Batches have none in fp32, which would take long: there to eager diffusers, or, where it
+        attends to padding, to each sample alone."""
+        reference = ONE_BY_ONE if case.unequal else EAGER
+        for side, prediction in predictions.items():
+            if case in self.truths:
+                found[side].error = relative_error(prediction, self.truths[case])
+            elif side not in (reference, EAGER) and reference in predictions:
+                found[side].error = relative_error(prediction, predictions[reference])
+                found[side].error_is = f"relative to {reference}"
 
     def _timed(self, calls: dict[str, Call]) -> dict[str, Samples]:
         once = interleave({s: [c] for s, c in calls.items()}, rounds=1, sample_s=0.0, device=self.device, warmup=0)

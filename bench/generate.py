@@ -30,6 +30,7 @@ BENCH = "generate_dry_run" if DRY_RUN else "generate"
 NUM_STEPS = 3 if DRY_RUN else 28
 SIZES_PX = (256, 512) if DEVICE == "cuda" else (256,)  # the size that `tiny` draws
 SIDES = ("ours", "diffusers eager")
+MAX_ERROR = {torch.float32: 1e-4, torch.bfloat16: 0.1}  # of the final latents: both sides must draw the same
 
 
 @pytest.mark.parametrize("side", SIDES)
@@ -65,6 +66,7 @@ def measure(size_px: int) -> tuple[dict[str, Samples], dict[str, float], float]:
     peer = OriginalPipeline(ours.model, diffusers_flux(ours.model.denoiser, DEVICE, attention))
     picture = example_picture()
     settings = {"height": size_px, "width": size_px, "num_inference_steps": NUM_STEPS, "seed": 7}
+    settings["guidance_scale"] = ours.model.guidance_scale
     results = {}
 
     def edit_ours() -> None:
@@ -78,4 +80,6 @@ def measure(size_px: int) -> tuple[dict[str, Samples], dict[str, float], float]:
     sides = {"ours": [edit_ours], "diffusers eager": [edit_theirs]}
     samples = interleave(sides, rounds=9, sample_s=0.0, device=DEVICE, warmup=1)
     error = relative_error(results["ours"].latents, results["theirs"][0])
+    if error > MAX_ERROR[DTYPE]:
+        raise ValueError(f"the sides drew different pictures: {error:.1e} between their latents")
     return samples, results["ours"].timings, error

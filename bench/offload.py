@@ -27,7 +27,7 @@ SCALE = TOY if os.environ.get("UNIWORLD_BENCH_SIZE") == "tiny" else FULL
 DEVICE, DTYPE = ("cuda" if CUDA else "cpu"), (torch.bfloat16 if CUDA else torch.float32)
 CASE = SCALE.request_cases[0]
 NUM_STEPS = SCALE.overhead_steps
-TIERS = [(quantize, level) for level in (None, *LEVELS) for quantize in (None, "fp8")]
+TIERS = [(quantize, level) for level in (None, *LEVELS) for quantize in (None, "fp8", "nf4")]
 
 pytestmark = pytest.mark.skipif(
     SCALE is FULL and not CUDA, reason="full size needs a CUDA device (UNIWORLD_BENCH_SIZE=tiny)"
@@ -36,6 +36,8 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.mark.parametrize("quantize, level", TIERS, ids=str)
 def test_offloaded(quantize, level, report):
+    if quantize == "nf4":
+        pytest.importorskip("bitsandbytes")
     engine, stated = engine_of(quantize, level)
     samples, steps_s, peak = measure(engine)
     more = {"step_s": steps_s, "steps": NUM_STEPS, "stated_gib": stated / 2**30}

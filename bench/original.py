@@ -40,15 +40,24 @@ class OriginalPipeline:
 
     @torch.no_grad()
     def draw(
-        self, images: list[Image.Image], prompt: str, *, height: int, width: int, num_inference_steps: int, seed: int
+        self,
+        images: list[Image.Image],
+        prompt: str,
+        *,
+        height: int,
+        width: int,
+        num_inference_steps: int,
+        seed: int,
+        guidance_scale: float = 3.5,
     ) -> tuple[Tensor, Image.Image]:
-        """Packed latents [1, L, C] fp32 and the picture."""
+        """Packed latents [1, L, C] fp32 and the picture. CLIP gets the prompt where T5 does, else "", as ours."""
         device, dtype = self.model.device, self.model.dtype
         inputs = self.model.processor.encode([chat_text(prompt, len(images))], [images])
         if self.as_authors:
             self._route(inputs)
         txt = self._text_sequence(inputs, images, prompt)
-        pooled = self.model.text_encoders.pooled([prompt]).to(dtype)
+        texts = self.model.text_encoders
+        pooled = texts.pooled([prompt if texts.has_t5 else ""]).to(dtype)
 
         latents = flow.initial_noise(seed, height, width, self.transformer.config.in_channels // 4).to(device)
         sigmas = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
@@ -61,7 +70,7 @@ class OriginalPipeline:
             max_image_seq_len=config.max_image_seq_len,
         )
         self.scheduler.set_timesteps(sigmas=sigmas, mu=mu, device=device)
-        guidance = torch.full((1,), 3.5, device=device, dtype=torch.float32)
+        guidance = torch.full((1,), guidance_scale, device=device, dtype=torch.float32)
         img_ids, txt_ids = flow.image_ids(height, width, device), torch.zeros(txt.shape[1], 3, device=device)
         for t in self.scheduler.timesteps:
             velocity = self.transformer(

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import summary
+import targets
 from rows import read, select
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -230,6 +231,15 @@ def alone_table(rows: list[Row]) -> str:
     return table(header, lines)
 
 
+def tiny_table(rows: list[Row]) -> str:
+    header = ("what", "median, s", "best, s", "samples", "pairs/s")
+    lines = [
+        (row["case"], f"{row['median_s']:.2f}", f"{row['min_s']:.2f}", str(row["samples"]), number(row, "pairs_per_s"))
+        for row in rows
+    ]
+    return table(header, lines)
+
+
 def decode_table(rows: list[Row]) -> str:
     header = ("decoding, dtype", "side", "median, s", "best, s", "times as long as torch's layout", "error")
     lines = [
@@ -288,6 +298,7 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "throughput": throughput_table,
     "alone": alone_table,
     "decode": decode_table,
+    "tiny": tiny_table,
     "counts_step": counts_step_table,
     "counts_ops": counts_ops_table,
 }
@@ -299,6 +310,8 @@ def render(page: str, rows: list[Row]) -> str:
     def one(match: re.Match) -> str:
         if match[2] == "summary":
             return f"{match[1]}\n{table(summary.HEADER, list(summary.lines(rows)))}\n{match[3]}"
+        if match[2] == "targets":
+            return f"{match[1]}\n{table(targets.HEADER, targets.lines(rows))}\n{match[3]}"
         bench, kind = match[2].split()
         of_kind = select(rows, kind=kind)
         rows_of = select(of_kind, bench=ROWS_OF.get(bench, bench))

@@ -16,11 +16,12 @@ BLOCK = re.compile(r"<!-- grid -->\n+```bash\n(.*?)```", re.DOTALL)
 
 
 def commands() -> list[list[str]]:
-    """The lines of README's block as argument lists, a line that ends in a backslash joined with the next."""
+    """The commands of README's block as argument lists, a line that ends in a backslash joined with the next."""
     block = BLOCK.search((ROOT / "README.md").read_text(encoding="utf-8"))
     if block is None:
         sys.exit("README.md: has no bash block under <!-- grid -->")
-    return [shlex.split(line) for line in block[1].replace("\\\n", " ").splitlines() if line.strip()]
+    lines = block[1].replace("\\\n", " ").splitlines()
+    return [shlex.split(line) for line in lines if line.startswith("uniworld ")]
 
 
 def cell(command: list[str]) -> Image.Image:
@@ -39,6 +40,7 @@ def cell(command: list[str]) -> Image.Image:
 def main() -> None:
     cells = []
     for command in commands():
+        (ROOT / command[command.index("-o") + 1]).parent.mkdir(exist_ok=True)
         subprocess.run([sys.executable, "-m", "uniworld.cli", *command[1:]], check=True, cwd=ROOT)
         cells.append(cell(command))
     width, height = (size + 2 * GAP_PX for size in cells[0].size)

@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from uniworld import cli
-from uniworld.checkpoint.tiny import random_tiny_dir
+from uniworld import cli, cli_ablate
+from uniworld.checkpoint.tiny import PACKAGED, random_tiny_dir
 from uniworld.data.scenes import make
 from uniworld.data.scenes.tasks import make_item
 from uniworld.eval import scenes_regions
@@ -327,3 +327,14 @@ def test_results_become_tables(pages, tmp_path):
     assert "2,000 steps of 16 samples a variant, 50 held-out items a column. Seed 3." in page
     assert "a machine, fp32, 2026-01-02, version 1.0." in page
     assert "```bash\nuniworld ablate region --steps 2000\n```" in page
+
+
+def test_pictures_are_drawn_as_the_start_says_unless_asked_otherwise():
+    own = json.loads((PACKAGED / "config.json").read_text())["uniworld"]
+    given = {"start": "tiny", "data": None, "steps": 2, "num": 1, "columns": "edit", "only": None, "seed": 0}
+    given |= {"workers": None, "overrides": (), "quiet": True}
+    found = cli_ablate.with_own_drawing(cli_ablate.AblateOptions(**given, draw_steps=None, guidance=7.0))
+    assert (found.draw_steps, found.guidance) == (own["num_inference_steps"], 7.0) and own["num_inference_steps"] != 28
+    found = cli_ablate.with_own_drawing(cli_ablate.AblateOptions(**given, draw_steps=9, guidance=None))
+    assert (found.draw_steps, found.guidance) == (9, own["guidance_scale"]) and own["guidance_scale"] != 3.5
+    assert "--draw-steps 9 --guidance 1.0 --seed 0" in cli_ablate.command("ema", found)

@@ -73,7 +73,11 @@ def test_every_step(bench, scale, steps):
     assert {case.batch for case in steps} == {1, 2} and {case.num_references for case in steps} == {0, 1, 2}
     for case, found in steps.items():
         check(bench, found, bench.step_sides(case, 64))
-        assert (found["ours"].error is not None) == (case.batch == 1)
+        compared = {side for side, measured in found.items() if getattr(measured, "error", None) is not None}
+        assert ("diffusers eager" in compared) == (case.batch == 1) and {"ours", "ours, fp8"} & set(found) <= compared
+        told = {found[side].error_is for side in compared}
+        reference = "ours, one after the other" if case.unequal else "diffusers eager"
+        assert told == {"relative to diffusers in fp32" if case.batch == 1 else f"relative to {reference}"}
     sides = set(itertools.chain.from_iterable(steps.values()))
     exact = EXACT - {"ours, first-block cache", "the authors' flow"}
     assert sides == exact | NEEDS_CUDA | NOT_COMPILED | {"ours, fp8", "ours, one after the other"}
@@ -105,6 +109,15 @@ def test_every_request(bench, scale, drawn):
         assert ours["rooms_s"].keys() >= {"condition", "denoise", "decode"} and ours["graphs"].startswith("eager: ")
         assert taylor is None or taylor.more["saved_steps"] == 1
         assert found["the authors' flow"].more == {}
+
+
+def test_requests_that_are_served_together(scale, requests):
+    """Each draws what it draws alone, though their words differ in number."""
+    (case,) = scale.served_cases
+    found = requests.together(case)
+    assert case.batch == 2 and case.unequal and list(found) == ["ours", "ours, one after the other"]
+    assert 0 < found["ours"].error < 1e-5 and found["ours, one after the other"].error is None
+    assert all(measured.samples.median > 0 for measured in found.values())
 
 
 def test_rows_are_written_as_the_tests_write_them(bench, steps, drawn, monkeypatch):
@@ -312,8 +325,30 @@ def test_rounds_fit_the_time_that_is_left(requests, monkeypatch):
 
     monkeypatch.setattr(full_requests, "MAX_ROUNDS", 9)
     for left, rounds in ((float("inf"), 9), (200.0, 9), (100.0, 5), (10.0, 2), (-5.0, 2)):
-        monkeypatch.setattr(requests, "deadline", time.time() + left)
+        monkeypatch.setattr(requests.deadline, "end", time.time() + left)
         assert requests._rounds(9.9) == rounds
+
+
+def test_sides_wait_where_there_is_no_time(bench, scale, requests, monkeypatch):
+    """The two that are most wanted are measured; the others leave no row, so that a later run measures them."""
+    monkeypatch.setattr(requests.deadline, "end", time.time() - 1)
+    case = scale.request_cases[0]
+    found = requests.measure(case)
+    assert tuple(found) == bench.request_sides(case, 64)
+    measured = [side for side, result in found.items() if not isinstance(result, Exception)]
+    assert measured == ["ours", "diffusers eager"]
+    left = [result for side, result in found.items() if side not in measured]
+    assert left and all(isinstance(result, bench.NoTime) and "a later run" in str(result) for result in left)
+    with pytest.raises(pytest.skip.Exception, match="a later run"):
+        bench.succeeded("name", "side", left[0], report_missing=None)
+
+
+def test_compilations_wait_where_there_is_no_time(bench, scale, monkeypatch):
+    made = bench.StepBench(scale, "cpu", torch.float32, rounds=1)
+    monkeypatch.setattr(made.deadline, "end", time.time() + 100)
+    found = made.measure(scale.step_cases[0])
+    waiting = {side for side, result in found.items() if isinstance(result, bench.NoTime)}
+    assert waiting == NOT_COMPILED and not isinstance(found["ours, fp8"], Exception)
 
 
 def test_cases_are_those_of_the_issue(bench):
@@ -323,7 +358,9 @@ def test_cases_are_those_of_the_issue(bench):
     assert [case.num_tokens for case in FULL.step_cases if case.num_references == 2] == [6932, 3860]
     assert {case.batch for case in FULL.step_cases} == {1, 4, 8}
     flops = FULL.step_cases[0].flops
-    (eight,) = (case for case in FULL.step_cases if case.batch == 8 and case.size_px == 1024)
+    batches = {(c.num_references, c.size_px, c.batch) for c in FULL.step_cases if not c.unequal}
+    assert batches >= {(refs, px, batch) for refs in (0, 1) for px in (512, 1024) for batch in (1, 4, 8)}
+    (eight,) = (case for case in FULL.step_cases if (case.num_references, case.size_px, case.batch) == (1, 1024, 8))
     assert flops == pytest.approx(9.576e13, rel=1e-3) and eight.flops == 8 * flops
 
 

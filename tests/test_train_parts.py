@@ -15,12 +15,14 @@ from safetensors.torch import load_file
 
 from uniworld.data.scenes.tasks import make_item
 from uniworld.engine import Engine
+from uniworld.models.flow import pack
 from uniworld.models.siglip import SemanticEncoder
 from uniworld.models.task_head import TaskHead
 from uniworld.models.vae import ImageAutoencoder, to_pixels
 from uniworld.train.parts import base, conversations, dense, make_part, semantic_encoder, task_head, vae
 from uniworld.train.parts import words as parts_words
 from uniworld.train.parts.config import load_part_config
+from uniworld.train.parts.kept import KeptItems
 from uniworld.train.parts.start import write_start
 from uniworld.train.parts.vae import picture as picture_of
 
@@ -30,6 +32,9 @@ def test_the_semantic_encoder_learns_which_caption_is_whose(words, parts, tmp_pa
     part = make_part(load_part_config(ROOT / "configs" / "tiny" / "semantic_encoder.yaml", changes))
     batch = part.make(range(8))
     assert batch["levels"].shape == (8, 128, 128, 3) and batch["mask"][:, 0].all()
+    pixels = semantic_encoder.as_pixels(batch["levels"])
+    latents = pack(vae.load_vae(parts / "vae" / "model").mean_latents(pixels))
+    assert float((batch["latents"] - latents).norm() / latents.norm()) < 0.03  # bf16
     logged = [more for _, more in overfit(part, batch, num_steps=100, lr=2e-3)]
     assert logged[0]["found"] < 0.6 and logged[-1]["found"] == 1, logged[-1]
     assert logged[-1]["psnr_db"] > logged[0]["psnr_db"] + 3
@@ -54,13 +59,14 @@ def test_the_semantic_encoder_learns_which_caption_is_whose(words, parts, tmp_pa
     assert float((encoder(encoder.preprocess(pictures)) - states).norm() / states.norm()) < 0.05  # bf16
 
 
-def test_sigmoid_loss_is_siglips(parts):
+def test_sigmoid_loss_is_siglips():
     """Equation 1 of Zhai et al., written out pair by pair."""
     part = object.__new__(semantic_encoder.Contrastive)
     torch.manual_seed(0)
-    part.module, part.vae = semantic_encoder.TwoTowers(50), vae.load_vae(parts / "vae" / "model")
+    part.module = semantic_encoder.TwoTowers(50)
     batch = {
         "levels": torch.randint(256, (3, 128, 128, 3), dtype=torch.uint8),
+        "latents": torch.zeros(3, 64, 64),
         "ids": torch.randint(50, (3, 7)),
         "mask": torch.ones(3, 7, dtype=torch.bool),
         **dense.dense_labels([make_item("t2i", seed, size_px=64).scenes[0] for seed in range(3)], 32),
@@ -316,6 +322,20 @@ def test_routing_asks_as_the_engine_does(words):
     edit = make_item("edit", 3, size_px=64)
     prompt, pictures = task_head.asked_at(edit, 0)
     assert len(pictures) == 1 and np.array_equal(np.asarray(pictures[0]), edit.pictures[0])
+
+
+def test_kept_items_are_made_once():
+    made = []
+
+    def make(numbers):
+        made.extend(numbers)
+        return {"n": torch.tensor(numbers), "square": torch.tensor([[n * n] for n in numbers])}
+
+    items = KeptItems(5)
+    assert items.take(range(2, 5), make)["n"].tolist() == [2, 3, 4]
+    again = items.take(range(8, 12), make)  # counted round: 3, 4, 0, 1
+    assert again["n"].tolist() == [3, 4, 0, 1] and again["square"].tolist() == [[9], [16], [0], [1]]
+    assert made == [2, 3, 4, 0, 1]
 
 
 def test_places_start_as_waves():

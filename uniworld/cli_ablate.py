@@ -18,7 +18,8 @@ from typing import Any
 from rich.console import Console
 
 from uniworld import environment
-from uniworld.checkpoint.load import model_folder
+from uniworld.checkpoint.build import read_config
+from uniworld.checkpoint.load import drawing_defaults, model_folder
 from uniworld.checkpoint.locate import read_json
 from uniworld.checkpoint.progress import count_progress
 from uniworld.cli_ablate_tables import print_result
@@ -58,7 +59,8 @@ MOST_DRAWN = 20_000  # samples; a longer training sees them again
 
 @dataclass(frozen=True, kw_only=True)
 class AblateOptions:
-    """What to train on and from, and what to score. Where `data` is None, they are drawn."""
+    """What to train on and from, and what to score. Where `data` is None, they are drawn; where `draw_steps` or
+    `guidance` is, pictures are drawn as the start says."""
 
     start: str
     data: Path | None
@@ -66,7 +68,8 @@ class AblateOptions:
     num: int
     columns: str
     only: str | None
-    draw_steps: int
+    draw_steps: int | None
+    guidance: float | None
     seed: int
     workers: int | None
     overrides: tuple[str, ...]
@@ -81,7 +84,7 @@ def ablate(name: str, folder: Path, options: AblateOptions) -> int:
     columns = chosen(options.columns)
     if not all(column.draws for column in columns):
         raise ValueError(f"--columns {options.columns}: must be of t2i, edit and perceive; the VLM is the same in all")
-    budget = budget_of(options)
+    budget, options = budget_of(options), with_own_drawing(options)
     names = tuple(ABLATIONS) if name == ALL else (name,)
     for run in runs_of([variant for one in names for variant in variants_of(one, options.only)]):
         run_config(run, budget, folder)  # a mistake in the overrides is found before anything is written
@@ -126,6 +129,17 @@ def variants_of(name: str, only: str | None) -> list[Variant]:
     if len(set(names)) < 2:
         raise ValueError(f"--only {only}: must name two variants or more, to be compared")
     return [variant for key, variant in variants.items() if key in names]
+
+
+def with_own_drawing(options: AblateOptions) -> AblateOptions:
+    """Steps and guidance of the start where none are asked for, as `eval scenes` takes them."""
+    folder = model_folder(options.start)
+    own = drawing_defaults(read_config(folder), folder)
+    return replace(
+        options,
+        draw_steps=own["num_inference_steps"] if options.draw_steps is None else options.draw_steps,
+        guidance=own["guidance_scale"] if options.guidance is None else options.guidance,
+    )
 
 
 def budget_of(options: AblateOptions) -> Budget:
@@ -223,7 +237,7 @@ def score(
     variant: Variant, columns: Sequence[Column], budget: Budget, folder: Path, options: AblateOptions
 ) -> dict[str, Any]:
     """The scores of a variant on held-out items; what was scored before is read."""
-    plan = SuitePlan(model=variant.name, steps=options.draw_steps, size_px=SIZE_PX)
+    plan = SuitePlan(model=variant.name, steps=options.draw_steps, guidance=options.guidance, size_px=SIZE_PX)
     scores = folder / "scores" / variant.name
     asked = {"num": options.num, "columns": [column.name for column in columns]}
     open_folder(plan, scores)
@@ -292,6 +306,7 @@ def conditions(budget: Budget, options: AblateOptions) -> dict[str, Any]:
         "num": options.num,
         "columns": options.columns,
         "draw_steps": options.draw_steps,
+        "guidance": options.guidance,
         "dtype": config.sharding.dtype,
         "device": report["name"],
         "kind": report["type"],
@@ -309,7 +324,7 @@ def command(name: str, options: AblateOptions) -> str:
     """What repeats a result elsewhere."""
     words = ["uniworld", "ablate", name, *options.overrides, "--start", options.start, "--steps", str(options.steps)]
     words += ["--num", str(options.num), "--columns", options.columns, "--draw-steps", str(options.draw_steps)]
-    words += ["--seed", str(options.seed)]
+    words += ["--guidance", str(options.guidance), "--seed", str(options.seed)]
     words += ["--only", options.only] if options.only is not None else []
     words += ["--data", str(options.data)] if options.data is not None else []
     return " ".join(f'"{word}"' if set(word) & set(" []{}*?") else word for word in words)

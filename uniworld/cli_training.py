@@ -220,7 +220,14 @@ def ablate(
     only: Annotated[
         str | None, typer.Option(metavar="RUN,...", help="Of the variants these; --list.", show_default=False)
     ] = None,
-    draw_steps: Annotated[int, typer.Option(min=1, metavar="N", help="Denoising steps of a picture.")] = 28,
+    draw_steps: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Denoising steps of a picture; default: its own.", show_default=False),
+    ] = None,
+    guidance: Annotated[
+        float | None,
+        typer.Option(min=0, help="FLUX guidance scale of a picture; default: its own.", show_default=False),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of training and its data; the held-out items stay the same.")] = 0,
     workers: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Processes that draw data and score; default: one a core.")
@@ -247,8 +254,8 @@ def ablate(
     from uniworld import cli_ablate
 
     options = cli_ablate.AblateOptions(
-        start=start, data=data, steps=steps, num=num, columns=columns, only=only, draw_steps=draw_steps, seed=seed,
-        workers=workers, overrides=tuple(overrides or ()), quiet=quiet,
+        start=start, data=data, steps=steps, num=num, columns=columns, only=only, draw_steps=draw_steps,
+        guidance=guidance, seed=seed, workers=workers, overrides=tuple(overrides or ()), quiet=quiet,
     )  # fmt: skip
     return cli_ablate.ablate(name, output, options)
 

@@ -37,8 +37,9 @@ class PartConfig:
     """Of the computation: bf16 throughout, with weights rounded for every step, or torch's autocast to bf16. What is
     optimized and averaged is fp32."""
     num_items: int = 100000
-    """Of parts base, redux, align and task_head: items that are trained on again and again, from what frozen parts make
-    of them, which is kept in `run_dir` (19 KB an item, of redux 40, of align 34, of the task head 0.4)."""
+    """Of parts base, redux, align, task_head and semantic_encoder: items that are trained on again and again, from what
+    frozen parts make of them, which is kept in `run_dir` (19 KB an item, of redux 40, of align 34, of the task head
+    0.4), or in memory for the semantic encoder (80 KB)."""
     look_items: int = 0
     """Of part vlm: items that it learns to see, to point in and to plan edits of, before it learns to answer."""
     plain_items: int = 0
