@@ -130,6 +130,8 @@ class StepBench:
             raise Missing("torchao is not installed")
         check_e4m3(self.device)
         self._check_may_compile()
+        if self.device != "cuda":
+            raise Missing("torchao's fp8 needs a CUDA device")
         return compiled_peer(torchao_fp8(diffusers_peer(self.ours, self.device, self.attention), self.ours))
 
     def _check_may_compile(self) -> None:
