@@ -128,7 +128,8 @@ def first_pictures(folder: Path, case: Case = CASE) -> tuple[Samples, Samples, d
         return seconds, json.loads(done.stdout.splitlines()[-1])
 
     seconds, parts_s = draw()
-    first, later = (Samples("wall clock of a process", seconds=list(found)) for found in ([seconds], []))
+    method = "wall clock of a process"
+    first, later = Samples(method, seconds=[seconds]), Samples(method)
     while len(later.seconds) < MAX_ROUNDS:
         if len(later.seconds) >= MIN_ROUNDS and deadline.left_s < 1.5 * max(later.seconds):
             break
