@@ -167,7 +167,7 @@ section train_memory "${PYTEST[@]}" bench/train_memory.py
 # Half a minute is kept for saving and copying.
 train_tiny() {
   local seconds=$((UNIWORLD_BENCH_UNTIL - $(date +%s) - 30)) name rc
-  "$PYTHON" -m uniworld.cli train-tiny -o runs/tiny --minutes "$(awk "BEGIN { print $seconds / 60 }")"
+  "$PYTHON" -m uniworld.cli train-tiny -o runs/tiny --wider 8 --minutes "$(awk "BEGIN { print $seconds / 60 }")"
   rc=$?
   for name in vae vlm semantic_encoder base redux align task_head model; do
     mkdir -p "$OUT/tiny/$name"

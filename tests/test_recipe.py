@@ -12,9 +12,12 @@ import pytest
 import yaml
 from PIL import Image
 
+from uniworld.config import load_config
 from uniworld.engine import Engine
+from uniworld.train.parts.config import load_part_config
 from uniworld.train.parts.recipe import Recipe, Step, recipe, take_finished
 from uniworld.train.parts.start import write_start
+from uniworld.train.parts.wider import widened
 from uniworld.train.signals import EXIT_STOPPED
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -76,6 +79,24 @@ def test_the_command_lists_its_steps_and_stops_on_a_signal(tmp_path):
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("name", ["vlm", "semantic_encoder", "stage2"])
+def test_wider_steps_see_the_same_items(name):
+    """Four times the batch: twice the rates, a fourth of the steps, and as much is forgotten with each item."""
+    path = ROOT / "configs" / "tiny" / f"{name}.yaml"
+    load = load_config if name == "stage2" else load_part_config
+    as_written, wide = load(path), load(path, widened(path, 4))
+    sizes = [c.data.batch_size if name == "stage2" else c.batch_size for c in (as_written, wide)]
+    assert sizes[1] == 4 * sizes[0] and wide.num_steps * sizes[1] == as_written.num_steps * sizes[0]
+    assert wide.optim.warmup_steps == as_written.optim.warmup_steps / 4
+    assert wide.ema.decay == pytest.approx(as_written.ema.decay**4, abs=1e-6)
+    assert wide.optim.lr == pytest.approx(2 * as_written.optim.lr)
+    times = 1 if name == "stage2" else 2  # the rate of Muon, where it is used
+    assert wide.optim.muon_lr == pytest.approx(times * as_written.optim.muon_lr)
+    assert widened(path, 1) == ()
+    steps = recipe(Path("runs"), path.parent, 1, 4)
+    assert any("train" in step.command[:1] and "optim.warmup_steps=25" in step.command for step in steps)
 
 
 @pytest.mark.long

@@ -13,6 +13,8 @@ from parts_of_tiny import ROOT, overfit, part_config
 from PIL import Image
 from safetensors.torch import load_file
 
+from uniworld.checkpoint import tiny
+from uniworld.checkpoint.load import load_denoiser
 from uniworld.data.scenes.tasks import make_item
 from uniworld.engine import Engine
 from uniworld.models.flow import pack
@@ -226,6 +228,29 @@ def test_redux_learns_to_draw_what_it_is_shown(words, parts, tmp_path):
             for s in (batch["states"], batch["states"].roll(1, 0))
         )
     assert shown < swapped
+
+
+def test_redux_goes_on_from_a_whole_model(parts, tmp_path):
+    """With its DiT and its connector, and from pictures alone where no share is words'."""
+    shutil.copytree(parts, tmp_path, dirs_exist_ok=True)
+    own = ROOT / "weights" / "tiny" / "words"
+    make_part(part_config("semantic_encoder", tmp_path, own, tmp_path)).export(tmp_path / "semantic_encoder" / "model")
+    changes = f"start={tiny.PACKAGED}", "words_share=0", "num_items=8"
+    part = make_part(part_config("redux", tmp_path / "redux", own, tmp_path, *changes))
+    model = load_denoiser(tiny.PACKAGED, dtype=torch.float32)
+    for name in ("denoiser", "siglip_projector"):
+        theirs = dict(getattr(model, name).named_parameters())
+        learning = dict(getattr(part.module, name).named_parameters())
+        assert all(p.requires_grad and torch.equal(p, theirs[key]) for key, p in learning.items())
+        assert learning.keys() == theirs.keys()
+    logged = overfit(part, part.make(range(4)), num_steps=10, lr=1e-3)
+    assert all(more.keys() == {"pictures"} for _, more in logged)
+    part.export(tmp_path / "made")
+    written = load_file(tmp_path / "made" / "siglip_projector.safetensors")
+    named = {f"denoise_tower.siglip_projector.{k}": p for k, p in part.module.siglip_projector.named_parameters()}
+    assert written.keys() == named.keys() and all(torch.equal(written[name], p) for name, p in named.items())
+    with pytest.raises(ValueError, match=r"words_share=1.0: must be at least 0 and below 1"):
+        part_config("redux", tmp_path, own, tmp_path, "words_share=1.0")
 
 
 def test_the_language_connector_learns_to_give_what_the_semantic_one_gives(words, parts, tmp_path):

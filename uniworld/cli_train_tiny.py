@@ -5,7 +5,14 @@ from pathlib import Path
 
 
 def train_tiny(
-    output: Path, configs: Path, finished: Path | None, num: int, minutes: float | None, show_steps: bool, quiet: bool
+    output: Path,
+    configs: Path,
+    finished: Path | None,
+    num: int,
+    wider: int,
+    minutes: float | None,
+    show_steps: bool,
+    quiet: bool,
 ) -> int:
     """Run the recipe, or list its steps; returns the exit code."""
     from uniworld.train.parts.recipe import TRAINED_PARTS, Recipe, recipe, take_finished
@@ -13,7 +20,7 @@ def train_tiny(
     for name in (*TRAINED_PARTS, "stage1", "stage2"):
         if not (configs / f"{name}.yaml").is_file():
             raise FileNotFoundError(f"configs={configs}: has no {name}.yaml")
-    steps = recipe(output, configs, num)
+    steps = recipe(output, configs, num, wider)
 
     def note(line: str) -> None:
         if not quiet:

@@ -101,6 +101,9 @@ def train_tiny(
         typer.Option(metavar="DIR", help="Parts that are not trained again.", show_default=False),
     ] = None,
     num: Annotated[int, typer.Option(min=1, metavar="N", help="Items that stages 1 and 2 learn from.")] = 96_000,
+    wider: Annotated[
+        int, typer.Option(min=1, metavar="K", help="K times the batch in a K-th of the steps; 8 suits a large GPU.")
+    ] = 1,
     show_steps: Annotated[bool, typer.Option("--steps", help="List the steps and which are done; run none.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing of the steps.")] = False,
 ) -> int:
@@ -112,7 +115,7 @@ def train_tiny(
     """
     from uniworld import cli_train_tiny
 
-    return cli_train_tiny.train_tiny(output, configs, finished, num, minutes, show_steps, quiet)
+    return cli_train_tiny.train_tiny(output, configs, finished, num, wider, minutes, show_steps, quiet)
 
 
 def precompute(

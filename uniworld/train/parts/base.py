@@ -101,6 +101,7 @@ class TextToImage:
         self.module.denoiser.single_transformer_blocks[DENSE_BLOCK].register_forward_pre_hook(self._keep_states)
         self.vae_folder = Path(config.parts) / "vae" / "model"
         self.vae = load_vae(self.vae_folder)
+        self.vae.use_channels_last()
         self._cache: LatentCache | None = None
 
     def make(self, seeds: range) -> dict[str, Tensor]:
@@ -230,7 +231,7 @@ class TextToImage:
         """Moments of the scaled latents [B, 2, C, h, w], and `_numbers` in a row, as the cache holds them."""
         said = [what_is_said(item) for item in items]
         levels = torch.from_numpy(np.stack([item.pictures[-1] for item in items]))
-        mean, std = self.vae.encode_moments(as_pixels(levels))
+        mean, std = self.vae.encode_moments(as_pixels(levels).to(memory_format=torch.channels_last))
         moments = torch.stack([(mean - self.vae.shift) * self.vae.scale, std * self.vae.scale], dim=1)
         tokenizers = self.t5_tokenizer, self.clip_tokenizer
         ids = [token_ids(tokenizer, said, length) for tokenizer, length in zip(tokenizers, self._lengths)]

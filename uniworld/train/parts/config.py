@@ -7,7 +7,7 @@ from typing import Literal
 
 from uniworld.config import CheckpointConfig, EMAConfig, OptimConfig, from_dict, read_yaml
 
-STARTING = ("vae", "vlm", "semantic_encoder")  # from exported weights, if asked to
+STARTING = ("vae", "vlm", "semantic_encoder", "redux")  # from exported weights, if asked to
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +20,8 @@ class PartConfig:
     """Checkpoints, metrics and the part's weights go here."""
     num_steps: int
     start: str | None = None
-    """Of parts vae, vlm and semantic_encoder: folder of exported weights to start from in place of random ones."""
+    """Of parts vae, vlm and semantic_encoder: folder of exported weights to start from in place of random ones. Of part
+    redux: a whole model, whose DiT and connector learn on in place of the base's."""
     decoder_only: bool = False
     """Of part vae with `start`: the encoder stays, and with it the latents that other parts have learned on."""
     seed: int = 0
@@ -42,6 +43,8 @@ class PartConfig:
     0.4), or in memory for the semantic encoder (80 KB)."""
     look_items: int = 0
     """Of part vlm: items that it learns to see, to point in and to plan edits of, before it learns to answer."""
+    words_share: float = 0.25
+    """Of part redux: how much of a batch is drawn from words; the rest from semantic states."""
     plain_items: int = 0
     """Of part base: items after which guidance is learned."""
     num_workers: int | None = None
@@ -59,6 +62,8 @@ class PartConfig:
         for name in ("num_steps", "batch_size", "num_items", "num_checked", "log_every_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        if not 0 <= self.words_share < 1:
+            raise ValueError(f"words_share={self.words_share}: must be at least 0 and below 1")
         if self.first_item < 0:
             raise ValueError(f"first_item={self.first_item}: must be at least 0")
         if self.size_px < 64 or self.size_px % 16:

@@ -14,6 +14,7 @@ from uniworld.data.scenes.make import write_whole
 from uniworld.train.command import run_command
 from uniworld.train.export import export
 from uniworld.train.parts.start import write_start
+from uniworld.train.parts.wider import widened
 from uniworld.train.parts.words import IDS
 from uniworld.train.signals import EXIT_STOPPED, StopSignals
 
@@ -33,17 +34,19 @@ class Step:
     function: Callable[[], object] | None = None
 
 
-def recipe(root: Path, configs: Path, num_items: int) -> tuple[Step, ...]:
+def recipe(root: Path, configs: Path, num_items: int, wider: int = 1) -> tuple[Step, ...]:
     """The steps in order; all that they make lies in `root`.
 
     Args:
         configs: folder with `vae.yaml` and the others, one a training.
         num_items: of the data set of stages 1 and 2.
+        wider: how many times a training's batch to take, in so many times fewer steps.
     """
     start, data, states, connectors = root / "start", root / "data", root / "states", root / "stage1" / "connectors"
 
-    def config(name: str) -> tuple[str, str]:
-        return str(configs / f"{name}.yaml"), f"run_dir={root / name}"
+    def config(name: str) -> tuple[str, ...]:
+        path = configs / f"{name}.yaml"
+        return str(path), f"run_dir={root / name}", *widened(path, wider)
 
     model, source = f"model.path={start}", f"data.sources=[{{path: {data / 'shards'}}}]"
     common = model, f"data.precomputed={states}", "data.sources=[]"

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from uniworld.checkpoint.build import read_config
 from uniworld.checkpoint.connector_files import write_connector
+from uniworld.checkpoint.load import load_denoiser
 from uniworld.checkpoint.locate import weight_files
 from uniworld.checkpoint.names import diffusers_names
 from uniworld.checkpoint.weights import Plan, fill, module_targets, read_headers
@@ -33,20 +34,19 @@ from uniworld.train.parts.sizes import HIDDEN, SIGLIP, SIGLIP_PREPROCESSOR
 from uniworld.train.parts.trained import fill_encoder, trained
 from uniworld.train.parts.vae import DIFFUSERS_STEM
 
-FLOW = FlowConfig(logit_mean=1.5, logit_std=1.5)  # of all levels, most of them high: there the condition decides
+FLOW = FlowConfig(logit_mean=3.5, logit_std=2.0)  # as in stage 2: near pure noise the condition decides
 NUM_TOKENS = (SIGLIP["image_size"] // SIGLIP["patch_size"]) ** 2
 CONNECTOR = "siglip_projector"
-WORDS_SHARE = 4  # one of so many is drawn from words
 SCORED_AT_ONCE, SCORED_SIGMA = 32, 0.9
 
 
 class ReduxModel(nn.Module):
     """What learns is the DiT and the connector; the text encoders stay."""
 
-    def __init__(self, denoiser: nn.Module, t5: nn.Module, clip: nn.Module):
+    def __init__(self, denoiser: nn.Module, connector: Connector, t5: nn.Module, clip: nn.Module):
         super().__init__()
         self.denoiser, self.t5, self.clip = denoiser.requires_grad_(True), t5, clip
-        self.siglip_projector = Connector(SIGLIP["hidden_size"], 3 * HIDDEN, HIDDEN)
+        self.siglip_projector = connector.requires_grad_(True)
 
 
 class PictureToImage(TextToImage):
@@ -56,34 +56,41 @@ class PictureToImage(TextToImage):
 
     def __init__(self, config: PartConfig):
         super().__init__(config)
-        base, self.siglip_folder = (trained(config, name) for name in ("base", "semantic_encoder"))
-        model = self.module
-        _fill_denoiser(base / "transformer", model.denoiser)
-        fill_encoder(base / "text_encoder", model.clip)
-        fill_encoder(base / "text_encoder_2", model.t5)
-        self.module = ReduxModel(model.denoiser, model.t5, model.clip)
+        flux = trained(config, "base") if config.start is None else Path(config.start) / "flux"
+        self.siglip_folder = trained(config, "semantic_encoder")
+        if config.start is None:
+            denoiser = self.module.denoiser
+            _fill_denoiser(flux / "transformer", denoiser)
+            connector = Connector(SIGLIP["hidden_size"], 3 * HIDDEN, HIDDEN)
+        else:
+            model = load_denoiser(config.start, device="cpu", dtype=torch.float32, progress=False)
+            denoiser, connector = model.denoiser, model.siglip_projector
+        clip, t5 = self.module.clip, self.module.t5
+        fill_encoder(flux / "text_encoder", clip)
+        fill_encoder(flux / "text_encoder_2", t5)
+        self.module = ReduxModel(denoiser, connector, t5, clip)
         self.encoder = SemanticEncoder.from_config(read_config(self.siglip_folder), SIGLIP_PREPROCESSOR)
         fill_encoder(self.siglip_folder, self.encoder.model)
 
     def loss(self, batch: dict[str, Tensor], generator: torch.Generator) -> tuple[Tensor, dict[str, float | Tensor]]:
         latents = self._latents(batch, generator)
         ones = torch.ones(len(latents), device=self._device)
-        num_words = len(latents) // WORDS_SHARE
+        num_words = int(self.config.words_share * len(latents))
         sigma = draw_sigma(FLOW, len(latents), NUM_TOKENS, generator).to(self._device)
         noise = torch.randn(latents.shape, generator=generator).to(self._device)
-        without = (torch.rand(num_words, generator=generator) < NO_POOLED_RATE).to(self._device)
-        words = {name: batch[name][:num_words] for name in ("t5_ids", "clip_ids")}
-        said = self._condition(words, without, torch.zeros_like(without))
-        seen = self._seen(batch["states"][num_words:])
-        parts = slice(num_words), slice(num_words, None)
-        errors = []
-        for (states, pooled), part in zip((said, seen), parts):
+        given = {"pictures": (slice(num_words, None), self._seen(batch["states"][num_words:]))}
+        if num_words:
+            without = (torch.rand(num_words, generator=generator) < NO_POOLED_RATE).to(self._device)
+            words = {name: batch[name][:num_words] for name in ("t5_ids", "clip_ids")}
+            said = self._condition(words, without, torch.zeros_like(without))
+            given = {"words": (slice(num_words), said)} | given
+        errors = {}
+        for name, (part, (states, pooled)) in given.items():
             pred, target = self._predict(states, pooled, latents[part], noise[part], sigma[part], ones[part])
-            errors.append((pred.float() - target).square().mean(-1))
+            errors[name] = (pred.float() - target).square().mean(-1)
         weights = thing_weights(batch["points"]).to(self._device)
-        loss = (weights * torch.cat(errors)).sum() / weights.sum()
-        of_words, of_pictures = (error.detach().mean() for error in errors)
-        return loss, {"words": of_words, "pictures": of_pictures}
+        loss = (weights * torch.cat(list(errors.values()))).sum() / weights.sum()
+        return loss, {name: error.detach().mean() for name, error in errors.items()}
 
     @torch.no_grad()
     def score(self) -> dict[str, float]:
