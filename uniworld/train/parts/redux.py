@@ -78,12 +78,13 @@ class PictureToImage(TextToImage):
         num_words = int(self.config.words_share * len(latents))
         sigma = draw_sigma(FLOW, len(latents), NUM_TOKENS, generator).to(self._device)
         noise = torch.randn(latents.shape, generator=generator).to(self._device)
-        given = {"pictures": (slice(num_words, None), self._seen(batch["states"][num_words:]))}
+        given = {}
         if num_words:
             without = (torch.rand(num_words, generator=generator) < NO_POOLED_RATE).to(self._device)
             words = {name: batch[name][:num_words] for name in ("t5_ids", "clip_ids")}
             said = self._condition(words, without, torch.zeros_like(without))
-            given = {"words": (slice(num_words), said)} | given
+            given["words"] = slice(num_words), said
+        given["pictures"] = slice(num_words, None), self._seen(batch["states"][num_words:])
         errors = {}
         for name, (part, (states, pooled)) in given.items():
             pred, target = self._predict(states, pooled, latents[part], noise[part], sigma[part], ones[part])
