@@ -115,7 +115,7 @@ def test_held_out_pairs_stay_out_of_training(task):
         assert {s.seed for s in train.scenes}.isdisjoint(s.seed for s in held_out.scenes)
 
 
-@pytest.mark.parametrize("task", ["edit", "perceive", "compose", "understanding"])
+@pytest.mark.parametrize("task", ["edit", "perceive", "compose", "keep", "understanding"])
 def test_pictures_stand_behind_the_words_as_in_a_request(task):
     item = make_item(task, 3, size_px=16)
     num = len(item.pictures) - (task != "understanding")
@@ -123,6 +123,15 @@ def test_pictures_stand_behind_the_words_as_in_a_request(task):
     assert num >= 1 and words and pictures == "<image>" * (num - 1)
     trained = training_pieces([item.conversations[0], {"from": "gpt", "value": "<gen_image>"}])
     assert chat_text(words, num).startswith(trained[0])
+
+
+def test_what_is_kept_is_the_same_picture():
+    items = [make_item("keep", seed, size_px=32) for seed in range(24)]
+    for item in items:
+        shown, wanted = item.pictures
+        assert np.array_equal(shown, wanted) and not item.need_weight
+        assert item.conversations[-1]["value"] == "<gen_image>" and item.focus()
+    assert {item.language for item in items} == {"en", "zh"} and len({item.scenes[0].style for item in items}) > 2
 
 
 def test_understanding_only_talks():
@@ -256,7 +265,7 @@ def test_check_data_finds_no_error(made, run):
     code, out, err = run("check-data", made / "data.txt", made / "shards", "-q", "--workers", 0, "--anchor-px", 16384)
     assert code == 0, out + err
     rows = [line.split() for line in out.splitlines() if str(made) in line]
-    assert len(rows) == 5 and all(row[-1] == "0" for row in rows)
+    assert len(rows) == 6 and all(row[-1] == "0" for row in rows)
 
 
 def test_it_goes_on_where_it_stopped(made, tmp_path, small_shards):

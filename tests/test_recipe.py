@@ -13,9 +13,10 @@ import yaml
 from PIL import Image
 
 from uniworld.config import load_config
+from uniworld.data.shards import expand_shards
 from uniworld.engine import Engine
 from uniworld.train.parts.config import load_part_config
-from uniworld.train.parts.recipe import Recipe, Step, recipe, take_finished
+from uniworld.train.parts.recipe import DRAWN_TASKS, Recipe, Step, recipe, sources_in, take_finished
 from uniworld.train.parts.start import write_start
 from uniworld.train.parts.wider import widened
 from uniworld.train.signals import EXIT_STOPPED
@@ -79,6 +80,20 @@ def test_the_command_lists_its_steps_and_stops_on_a_signal(tmp_path):
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_stage_2_names_a_share_of_every_task_that_is_drawn(tmp_path):
+    config, shards = ROOT / "configs" / "tiny" / "stage2.yaml", tmp_path / "some [1] shards"
+    listed = load_config(config, [sources_in(shards, config, 1000)]).data.sources
+    assert {Path(source.path).name.split("-")[0] for source in listed} == set(DRAWN_TASKS.split(","))
+    assert sum(source.weight for source in listed) == pytest.approx(1)
+    shards.mkdir()
+    for task in DRAWN_TASKS.split(","):
+        (shards / f"{task}-00000.tar").touch()
+    found = [path for source in listed for path in expand_shards(source.path)]
+    assert sorted(found) == sorted(shards.iterdir())
+    (few,) = load_config(config, [sources_in(shards, config, 1)]).data.sources
+    assert Path(few.path).name == "edit-*.tar"
 
 
 @pytest.mark.parametrize("name", ["vlm", "semantic_encoder", "stage2"])

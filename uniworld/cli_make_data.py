@@ -15,7 +15,7 @@ def make_data(
     seed: Annotated[int, typer.Option(min=0, help="Same seed, same bytes.")] = 0,
     tasks: Annotated[
         str | None,
-        typer.Option(metavar="TASK,...", help="understanding, t2i, edit, perceive, compose; default: all of them."),
+        typer.Option(metavar="TASK,...", help="Of understanding, t2i, edit, perceive, compose, keep; default: all."),
     ] = None,
     size: Annotated[int, typer.Option(metavar="PIXELS", help="Width and height of the pictures.")] = 128,
     format: Annotated[str, typer.Option(help="webdataset (tar shards), authors (data.txt) or both.")] = "both",

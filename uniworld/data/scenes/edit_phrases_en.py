@@ -297,6 +297,23 @@ first {first}, then {second}
 {first}. After that, {second}
 do two things: {first} and {second}
 
+# keep
+keep the picture as it is
+change nothing
+do not change anything
+leave everything as it is
+return the image unchanged
+give me the same picture again
+draw this picture again
+reproduce the image
+repeat this image exactly
+copy the picture
+keep everything
+show the same scene once more
+# keep_said
+everything should stay as it is
+can you draw this once more?
+
 # compose put
 put {the} from the second picture into the first
 add {the} of image 2 to image 1

@@ -192,6 +192,15 @@ EDIT_PHRASES = parse_phrases("""
 先{first}，再{second}
 {first}，同时{second}
 
+# keep
+保持图片不变
+不要改变任何东西
+原样返回这张图
+一切保持原样
+再画一遍这张图
+复制这张图片
+重现这幅图
+
 # compose put
 把第二张图中的{the}放到第一张图里
 将图二的{the}加入图一

@@ -22,7 +22,7 @@ SIZE_PX = 128
 FOCUS_PX = 64  # of the picture in which the boxes of things are found
 LANGUAGE_WEIGHTS = {"en": 2, "zh": 1}
 # Task -> its share of a mixture.
-MIXTURE = {"understanding": 0.2, "t2i": 0.2, "edit": 0.4, "perceive": 0.15, "compose": 0.05}
+MIXTURE = {"understanding": 0.2, "t2i": 0.2, "edit": 0.35, "perceive": 0.15, "compose": 0.05, "keep": 0.05}
 KIND_WEIGHTS = {
     "edit": dict.fromkeys(edits.KINDS, 1.0) | {"adjust": 2.0},
     "t2i": prompts.KIND_WEIGHTS,
@@ -32,7 +32,7 @@ NUM_TURNS = (1, 2, 3, 4)
 WHOLE_PICTURE = ("background", "style", "light")  # changes after which no latent counts more than others
 # Edits that change less are drawn anew. A region has at least 30 % of what changes, and must be 0.1 % of the picture.
 MIN_VISIBLE_SHARE = 0.004
-STYLE_RATE = 0.25  # of scenes that are talked about, in another style than a photo
+STYLE_RATE = 0.25  # of scenes that are talked about or kept, in another style than a photo
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ class Item:
 
     conversations: in the authors' format; the last answer is `<gen_image>`, but of "understanding", which only talks.
     pictures: uint8 [H, W, 3] in the order of their marks, the target last. scenes: what is in them; of a perception
-    item, the one scene. facts: the Edit, captions.Prompt, Perception or Questions that it was made of.
+    item, the one scene. facts: the Edit, captions.Prompt, Perception or Questions that it was made of; None of "keep".
     """
 
     task: str
@@ -67,7 +67,6 @@ class Item:
             "split": self.split,
             "seed": self.seed,
         }
-
 
     def focus(self) -> list[tuple[float, ...]]:
         """The boxes of the things in the target: left, upper, right, lower as shares of its sides."""
@@ -114,8 +113,7 @@ def _understanding(kind: str, rng: np.random.Generator, words: Wording, split: s
     """Questions and answers about one picture, one or several."""
     num_turns, questions = int(rng.choice(NUM_TURNS)), ()
     while not questions:
-        style = words.pick(STYLES) if words.chance(STYLE_RATE) else "photo"
-        scene = sample_scene(rng, split=split, style=style)
+        scene = _any_scene(rng, words, split)
         questions = converse(scene, words, split, num_turns)
     turns = []
     for question in questions:
@@ -165,6 +163,24 @@ def _perceive(kind: str, rng: np.random.Generator, words: Wording, split: str, l
     }
 
 
+def _keep(kind: str, rng: np.random.Generator, words: Wording, split: str, _: str, size_px: int) -> dict:
+    """A picture that is to stay as it is: most of every edit is that, and here nothing else has to be learned."""
+    scene = _any_scene(rng, words, split)
+    picture = render(scene, size_px).image
+    return {
+        "conversations": _asked(words.sentence(words.order(kind)), 1),
+        "pictures": (picture, picture),
+        "scenes": (scene,),
+        "facts": None,
+        "need_weight": False,
+    }
+
+
+def _any_scene(rng: np.random.Generator, words: Wording, split: str) -> Scene:
+    style = words.pick(STYLES) if words.chance(STYLE_RATE) else "photo"
+    return sample_scene(rng, split=split, style=style)
+
+
 def _asked(prompt: str, num_references: int) -> list[dict[str, str]]:
     """The words, then the pictures, as a request to the engine has them: so the VLM's states of the pictures, too, know
     what is asked. (The authors' data has the pictures first.)"""
@@ -189,4 +205,5 @@ MAKERS: dict[str, Callable[..., dict]] = {
     "edit": _edit,
     "perceive": _perceive,
     "compose": _compose,
+    "keep": _keep,
 }

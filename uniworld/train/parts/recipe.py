@@ -1,5 +1,6 @@
 """The whole training of `tiny`, step by step. Each step goes on where it stopped, so all of it does."""
 
+import glob
 import json
 import shutil
 import time
@@ -10,7 +11,8 @@ from pathlib import Path
 from uniworld.checkpoint.connector_files import EXPORTS
 from uniworld.checkpoint.locate import read_json
 from uniworld.checkpoint.save import atomic_folder
-from uniworld.data.scenes.make import write_whole
+from uniworld.config import load_config
+from uniworld.data.scenes.make import DataPlan, write_whole
 from uniworld.train.command import run_command
 from uniworld.train.export import export
 from uniworld.train.parts.start import write_start
@@ -19,7 +21,7 @@ from uniworld.train.parts.words import IDS
 from uniworld.train.signals import EXIT_STOPPED, StopSignals
 
 TRAINED_PARTS = ("vae", "vlm", "semantic_encoder", "base", "redux", "align", "task_head")
-DRAWN_TASKS = "t2i,edit,perceive,compose"  # what stages 1 and 2 learn: all that ends with a picture
+DRAWN_TASKS = "t2i,edit,perceive,compose,keep"  # what stages 1 and 2 learn: all that ends with a picture
 WORDS = "words"  # folder of the tokenizers
 DONE = "steps.json"
 MAX_FILE_BYTES = 15_000_000  # small enough for a repository
@@ -48,7 +50,7 @@ def recipe(root: Path, configs: Path, num_items: int, wider: int = 1) -> tuple[S
         path = configs / f"{name}.yaml"
         return str(path), f"run_dir={root / name}", *widened(path, wider)
 
-    model, source = f"model.path={start}", f"data.sources=[{{path: {data / 'shards'}}}]"
+    model, sources = f"model.path={start}", sources_in(data / "shards", configs / "stage2.yaml", num_items)
     common = model, f"data.precomputed={states}", "data.sources=[]"
     parts = [
         Step(name=part, command=("train-part", *config(part), f"parts={root}", f"words={root / WORDS}"))
@@ -60,12 +62,23 @@ def recipe(root: Path, configs: Path, num_items: int, wider: int = 1) -> tuple[S
         *parts,
         Step(name="start", function=lambda: write_start(root, start)),
         Step(name="data", command=make),
-        Step(name="states", command=("precompute", str(configs / "stage2.yaml"), model, source, "-o", str(states))),
+        Step(name="states", command=("precompute", str(configs / "stage2.yaml"), model, sources, "-o", str(states))),
         Step(name="stage1", command=("train", *config("stage1"), *common)),
         Step(name="connectors", command=("export", str(root / "stage1"), "--connectors-only", *taken, str(connectors))),
         Step(name="stage2", command=("train", *config("stage2"), *common, f"model.connectors={connectors}")),
         Step(name="model", function=lambda: write_model(root)),
     )
+
+
+def sources_in(shards: Path, config: Path, num_items: int) -> str:
+    """The sources of a config, each a glob of the shards of one task, in another folder; those that have items."""
+    made = DataPlan(num=num_items, tasks=tuple(DRAWN_TASKS.split(","))).counts
+    listed = []
+    for source in load_config(config).data.sources:
+        name = Path(source.path).name
+        if made[name.partition("-")[0]]:
+            listed.append({"path": f"{glob.escape(str(shards))}/{name}", "weight": source.weight})
+    return f"data.sources={json.dumps(listed)}"
 
 
 def take_finished(root: Path, finished: Path) -> list[str]:
