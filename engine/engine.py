@@ -303,8 +303,10 @@ class Engine(LoraMethods):
 
     def _with_defaults(self, request: Request) -> Request:
         """The request with the model's own steps and guidance where it names none."""
-        names = ("num_inference_steps", "guidance_scale")
-        missing = {name: getattr(self.model, name) for name in names if getattr(request, name) is None}
+        own = {"num_inference_steps": self.model.num_inference_steps, "guidance_scale": self.model.guidance_scale}
+        if request.images and self.model.edit_inference_steps is not None:
+            own["num_inference_steps"] = self.model.edit_inference_steps
+        missing = {name: value for name, value in own.items() if getattr(request, name) is None}
         return replace(request, **missing) if missing else request
 
     def _same(self, value: Any) -> Any:

@@ -172,10 +172,13 @@ def test_settings_come_from_the_configs(loaded):
 
 
 def test_a_checkpoint_names_its_own_steps_and_guidance(tmp_path):
-    own = {"num_inference_steps": 4, "guidance_scale": 1}
-    assert drawing_defaults({"uniworld": own}, tmp_path) == {"num_inference_steps": 4, "guidance_scale": 1.0}
-    assert drawing_defaults({}, tmp_path) == {"num_inference_steps": 28, "guidance_scale": 3.5}
+    own = {"num_inference_steps": 4, "edit_inference_steps": 2, "guidance_scale": 1}
+    assert drawing_defaults({"uniworld": own}, tmp_path) == own
+    alike = {"num_inference_steps": 6, "edit_inference_steps": 6, "guidance_scale": 3.5}
+    assert drawing_defaults({"uniworld": {"num_inference_steps": 6}}, tmp_path) == alike
+    assert set(drawing_defaults({}, tmp_path).values()) == {28, 3.5}
     for name, values, allowed in (
+        ("edit_inference_steps", (0, 1001, "4"), "from 1 to 1000"),
         ("num_inference_steps", (0, 1001, 2.5, "4", True), "from 1 to 1000"),
         ("guidance_scale", (-1, 101, "1", None), "from 0 to 100"),
     ):

@@ -88,6 +88,16 @@ def test_steps_and_guidance_are_the_models_where_none_are_named(engine, monkeypa
     assert guided.num_inference_steps == 2 and not torch.equal(guided.latents, default.latents)
 
 
+def test_a_request_with_pictures_has_steps_of_its_own(engine, monkeypatch):
+    monkeypatch.setattr(engine.model, "num_inference_steps", 2)
+    size = {"height": 64, "width": 64, "seed": 1}
+    for own, steps in ((1, 1), (None, 2)):
+        monkeypatch.setattr(engine.model, "edit_inference_steps", own)
+        assert engine.edit(picture(), "x", **size).num_inference_steps == steps
+        assert engine.generate("x", **size).num_inference_steps == 2
+    assert engine.edit(picture(), "x", num_inference_steps=3, **size).num_inference_steps == 3
+
+
 def test_batch_of_unequal_requests_equals_each_alone(engine):
     """Different prompts, lengths, numbers of pictures, guidance and seeds in one batch."""
     requests = [

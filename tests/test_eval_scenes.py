@@ -293,7 +293,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert all(0 <= row["value"] <= 1 for row in results["rows"] if row["unit"] == "share")
     asked = json.loads((tmp_path / "out" / "run.json").read_text())
     own = drawing_defaults(read_config(tiny_dir()), tiny_dir())  # what no option names
-    assert (asked["steps"], asked["guidance"]) == (1, own["guidance_scale"])
+    assert (asked["steps"], asked["edit_steps"], asked["guidance"]) == (1, 1, own["guidance_scale"])
     assert page.read_text().count("<article") == 10
     assert "<script" not in page.read_text()
     drawn = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "answers").rglob("*.*")}

@@ -237,7 +237,8 @@ def score(
     variant: Variant, columns: Sequence[Column], budget: Budget, folder: Path, options: AblateOptions
 ) -> dict[str, Any]:
     """The scores of a variant on held-out items; what was scored before is read."""
-    plan = SuitePlan(model=variant.name, steps=options.draw_steps, guidance=options.guidance, size_px=SIZE_PX)
+    steps = {"steps": options.draw_steps, "edit_steps": options.draw_steps}
+    plan = SuitePlan(model=variant.name, **steps, guidance=options.guidance, size_px=SIZE_PX)
     scores = folder / "scores" / variant.name
     asked = {"num": options.num, "columns": [column.name for column in columns]}
     open_folder(plan, scores)

@@ -57,7 +57,8 @@ def scenes(folder: Path, options: EvalOptions, load: LoadOptions, report: Report
     plan = SuitePlan(
         model=model,
         seed=options.seed,
-        steps=defaults["num_inference_steps"] if options.steps is None else options.steps,
+        steps=options.steps or defaults["num_inference_steps"],
+        edit_steps=options.steps or defaults["edit_inference_steps"],
         guidance=defaults["guidance_scale"] if options.guidance is None else options.guidance,
         size_px=options.size_px,
     )

@@ -189,12 +189,15 @@ def drawing_defaults(config: dict[str, Any], folder: Path) -> dict[str, Any]:
     Raises: ValueError naming the field.
     """
     own = config.get("uniworld", {})
-    steps, guidance = own.get("num_inference_steps", 28), own.get("guidance_scale", 3.5)
-    if type(steps) is not int or not 1 <= steps <= MAX_STEPS:
-        raise ValueError(f"{folder}: uniworld.num_inference_steps={steps!r}: must be from 1 to {MAX_STEPS}")
+    steps = {"num_inference_steps": own.get("num_inference_steps", 28)}
+    steps["edit_inference_steps"] = own.get("edit_inference_steps", steps["num_inference_steps"])
+    for name, value in steps.items():
+        if type(value) is not int or not 1 <= value <= MAX_STEPS:
+            raise ValueError(f"{folder}: uniworld.{name}={value!r}: must be from 1 to {MAX_STEPS}")
+    guidance = own.get("guidance_scale", 3.5)
     if type(guidance) not in (int, float) or not 0 <= guidance <= MAX_GUIDANCE:
         raise ValueError(f"{folder}: uniworld.guidance_scale={guidance!r}: must be from 0 to {MAX_GUIDANCE}")
-    return {"num_inference_steps": steps, "guidance_scale": float(guidance)}
+    return {**steps, "guidance_scale": float(guidance)}
 
 
 def model_folder(model: str | Path) -> Path:

@@ -28,11 +28,15 @@ CHUNK_BATCHES = 4  # of pictures that are asked for at a time
 
 @dataclass(frozen=True, kw_only=True)
 class SuitePlan:
-    """What is asked, and how. Two plans that are equal ask the same; `num` items a column are no part of that."""
+    """What is asked, and how. Two plans that are equal ask the same; `num` items a column are no part of that.
+
+    steps, edit_steps: without and with pictures.
+    """
 
     model: str
     seed: int = 0
     steps: int = 28
+    edit_steps: int = 28
     guidance: float = 3.5
     size_px: int = 128
     version: str = f"{VERSION}.{SUITE}"
@@ -116,7 +120,7 @@ def _draw(engine: Engine, plan: SuitePlan, column: Column, indices: Sequence[int
                 images=tuple(Image.fromarray(picture) for picture in given),
                 height=plan.size_px,
                 width=plan.size_px,
-                num_inference_steps=plan.steps,
+                num_inference_steps=plan.edit_steps if given else plan.steps,
                 guidance_scale=plan.guidance,
                 seed=(plan.seed << 32) + index,
             )

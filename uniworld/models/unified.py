@@ -62,8 +62,10 @@ class UniWorld:
     anchor_px: int = FULL_ANCHOR_PX
     """Area in pixels of the pictures the model was made for; sizes "auto" aim at it."""
     num_inference_steps: int = 28
+    edit_inference_steps: int | None = None
     guidance_scale: float = 3.5
-    """Steps and embedded guidance of a request that names none."""
+    """Steps and embedded guidance of a request that names none; of one with pictures the second number, where there is
+    one: what they show need not be found in steps."""
     references: str = "siglip"
     """What stands for a reference picture beside its VLM states: one of `references.REFERENCES`."""
     random_weights: bool = False
