@@ -293,3 +293,24 @@ def test_mistakes_are_named():
         Thing(shape="ball", colour="red", pose=POSES["waving"])
     with pytest.raises(ValueError, match="light='noon'"):
         Scene(things=(), light="noon")
+
+
+def test_the_rows_of_a_thing_are_kept_and_stay_its_own():
+    """A thing has the same rows wherever it stands in a scene, but for its number and where its rows begin."""
+    doll = Thing(shape="doll", colour="red", x=-0.5, pose=POSES["standing"])
+    dotted, cube = Thing(shape="ball", colour="blue", material="dotted"), Thing(shape="cube", colour="green", x=0.6)
+    orders = [(doll, dotted, cube), (cube, doll, dotted), (dotted, cube, doll)]
+    for order in orders:
+        made = solids.tables(Scene(things=order))
+        alone = [solids.tables(Scene(things=(thing,))) for thing in order]
+        starts = {name: np.cumsum([0, *(len(getattr(t, name)) for t in alone)]) for name in solids.WIDTHS}
+        for index, one in enumerate(alone):
+            one.solids[:, solids.THING], one.feet[:, 0] = index, index
+            one.solids[:, solids.PLANE_START] += starts["planes"][index]
+            one.things[:, solids.DOT_START] = starts["dots"][index]
+            one.things[:, solids.SOLID_START] = starts["solids"][index]
+            for name in solids.WIDTHS:
+                rows = getattr(made, name)[starts[name][index] : starts[name][index + 1]]
+                np.testing.assert_array_equal(rows, getattr(one, name))
+        assert list(made.joints) == [order.index(doll)]
+        made.solids[:], made.dots[:] = 0, 0  # what is given away is a copy

@@ -5,7 +5,7 @@ Each row of a table is one item; the columns are named below, for `tracing.py` a
 
 import math
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 
 import numpy as np
 
@@ -26,6 +26,15 @@ SOLID_START, SOLID_COUNT, NUM_THING_COLUMNS = 20, 21, 22
 # Columns of `feet`, rounded rectangles: thing, middle X and Z, cos and sin of the turn, half sizes, rounding, fall-off
 # length, strength.
 NUM_FOOT_COLUMNS = 10
+
+# Columns of each table.
+WIDTHS = {
+    "solids": NUM_SOLID_COLUMNS,
+    "things": NUM_THING_COLUMNS,
+    "feet": NUM_FOOT_COLUMNS,
+    "dots": 4,
+    "planes": 4,
+}
 
 STRIPES_PER_RADIUS = 1.15
 DARK_TONE, LIGHT_TONE = 0.34, 0.20  # of the second colour: times the colour, or where the colour is dark, mixed white
@@ -52,31 +61,48 @@ def linear(rgb) -> np.ndarray:
 
 def tables(scene: Scene) -> Tables:
     """The tables of all things of a scene, in their order."""
-    shapes = [shape_of(thing.shape, thing.pose) for thing in scene.things]
-    starts = {"solids": 0, "dots": 0, "planes": 0}
-    rows = {"solids": [], "things": [], "feet": [], "dots": [], "planes": []}
-    joints = {}
-    for index, (thing, shape) in enumerate(zip(scene.things, shapes)):
-        place = _Place(thing)
-        rows["things"].append(_thing_row(thing, shape, place, starts)[None])
-        rows["solids"].append(_solid_rows(index, shape, place, starts["planes"]))
-        rows["feet"].append(_foot_rows(index, shape, place))
-        dotted = thing.material == "dotted"
-        rows["dots"].append(_dot_rows(shape, place) if dotted else np.empty((0, 4)))
-        rows["planes"].append(shape.planes * (1.0, 1.0, 1.0, thing.radius))
-        if shape.joints is not None:
-            joints[index] = place.points(shape.joints)
-        for name in starts:
-            starts[name] += len(rows[name][-1])
-    widths = {
-        "solids": NUM_SOLID_COLUMNS,
-        "things": NUM_THING_COLUMNS,
-        "feet": NUM_FOOT_COLUMNS,
-        "dots": 4,
-        "planes": 4,
+    found = [_rows_of(thing) for thing in scene.things]
+    counts = {name: [len(getattr(rows, name)) for rows in found] for name in WIDTHS}
+    starts = {name: np.cumsum([0, *counts[name][:-1]]) for name in WIDTHS}
+    joined = {
+        name: np.concatenate([np.empty((0, width)), *(getattr(rows, name) for rows in found)])
+        for name, width in WIDTHS.items()
     }
-    joined = {name: np.concatenate([np.empty((0, widths[name])), *found]) for name, found in rows.items()}
+    if found:
+        numbers = np.arange(len(found))
+        joined["solids"][:, THING] = np.repeat(numbers, counts["solids"])
+        joined["solids"][:, PLANE_START] += np.repeat(starts["planes"], counts["solids"])
+        joined["feet"][:, 0] = np.repeat(numbers, counts["feet"])
+        joined["things"][:, DOT_START], joined["things"][:, SOLID_START] = starts["dots"], starts["solids"]
+    joints = {index: rows.joints for index, rows in enumerate(found) if rows.joints is not None}
     return Tables(joints=joints, **joined)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The rows of one thing, as if it were the only one; joints [14, 3] of a doll."""
+
+    solids: np.ndarray
+    things: np.ndarray
+    feet: np.ndarray
+    dots: np.ndarray
+    planes: np.ndarray
+    joints: np.ndarray | None
+
+
+@lru_cache(maxsize=1024)
+def _rows_of(thing: Thing) -> _Rows:
+    """Kept, for most scenes that are drawn one after the other differ in one thing."""
+    shape, place = shape_of(thing.shape, thing.pose), _Place(thing)
+    dots = _dot_rows(shape, place) if thing.material == "dotted" else np.empty((0, 4))
+    joints = None if shape.joints is None else place.points(shape.joints)
+    planes = shape.planes * (1.0, 1.0, 1.0, thing.radius)
+    solids, row, feet = _solid_rows(shape, place), _thing_row(thing, shape, place), _foot_rows(shape, place)
+    rows = _Rows(solids, row[None], feet, dots, planes, joints)
+    for array in vars(rows).values():
+        if array is not None:
+            array.flags.writeable = False
+    return rows
 
 
 def thing_points(thing: Thing, points) -> np.ndarray:
@@ -101,23 +127,23 @@ class _Place:
         return self.origin + self.radius * self.turn(p)
 
 
-def _solid_rows(index: int, shape: Shape, place: _Place, plane_start: int) -> np.ndarray:
+def _solid_rows(shape: Shape, place: _Place) -> np.ndarray:
     rows = np.empty((len(shape.kinds), NUM_SOLID_COLUMNS))
-    rows[:, KIND], rows[:, THING], rows[:, TONE] = shape.kinds, index, shape.tones
+    rows[:, KIND], rows[:, THING], rows[:, TONE] = shape.kinds, 0, shape.tones
     rows[:, CENTRE], rows[:, BALL] = place.points(shape.centres), place.points(shape.balls)
     rows[:, AXES] = place.turn(shape.axes).reshape(-1, 9)
     rows[:, DIMS], rows[:, BALL_RADIUS] = shape.dims * place.radius, shape.ball_radii * place.radius
     rows[:, BOUNDS] = camera.sphere_bounds(rows[:, BALL], rows[:, BALL_RADIUS])
-    rows[:, PLANE_START] = plane_start + np.cumsum(shape.plane_counts) - shape.plane_counts
+    rows[:, PLANE_START] = np.cumsum(shape.plane_counts) - shape.plane_counts
     rows[:, PLANE_COUNT] = shape.plane_counts
     return rows
 
 
-def _foot_rows(index: int, shape: Shape, place: _Place) -> np.ndarray:
+def _foot_rows(shape: Shape, place: _Place) -> np.ndarray:
     rows = np.empty((len(shape.feet), NUM_FOOT_COLUMNS))
     middle = np.zeros((len(shape.feet), 3))
     middle[:, 0::2] = shape.feet[:, 0:2]
-    rows[:, 0], rows[:, 1:3] = index, place.points(middle)[:, 0::2]
+    rows[:, 0], rows[:, 1:3] = 0, place.points(middle)[:, 0::2]
     rows[:, 3], rows[:, 4] = place.axes[0, 0], place.axes[2, 0]
     rows[:, 5:9], rows[:, 9] = shape.feet[:, 2:6] * place.radius, shape.feet[:, 6]
     return rows
@@ -128,7 +154,7 @@ def _dot_rows(shape: Shape, place: _Place) -> np.ndarray:
     return np.concatenate([place.points(shape.spots), np.full((len(shape.spots), 1), radius * radius)], 1)
 
 
-def _thing_row(thing: Thing, shape: Shape, place: _Place, starts: dict[str, int]) -> np.ndarray:
+def _thing_row(thing: Thing, shape: Shape, place: _Place) -> np.ndarray:
     row = np.empty(NUM_THING_COLUMNS)
     row[COLOUR], row[SECOND] = tones(thing.colour)
     row[MATERIAL] = MATERIALS.index(thing.material)
@@ -137,9 +163,9 @@ def _thing_row(thing: Thing, shape: Shape, place: _Place, starts: dict[str, int]
     stripe = place.axes[shape.stripe_axis] * (STRIPES_PER_RADIUS / place.radius)
     row[STRIPE] = stripe
     row[STRIPE_OFFSET] = 100.25 - (stripe[0] * place.origin[0] + stripe[2] * place.origin[2])
-    row[DOT_START], row[DOT_COUNT] = starts["dots"], len(shape.spots) if thing.material == "dotted" else 0
+    row[DOT_START], row[DOT_COUNT] = 0, len(shape.spots) if thing.material == "dotted" else 0
     row[SHADE], row[SCALE] = place.radius * 0.9, place.radius
-    row[SOLID_START], row[SOLID_COUNT] = starts["solids"], len(shape.kinds)
+    row[SOLID_START], row[SOLID_COUNT] = 0, len(shape.kinds)
     return row
 
 
