@@ -200,6 +200,9 @@ EDIT_PHRASES = parse_phrases("""
 再画一遍这张图
 复制这张图片
 重现这幅图
+# keep_said
+一切都应该保持原样
+能不能把它再画一遍？
 
 # compose put
 把第二张图中的{the}放到第一张图里

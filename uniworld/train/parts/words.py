@@ -25,10 +25,14 @@ def texts() -> Iterator[str]:
 
 
 def learned_texts(num: int) -> Iterator[str]:
-    """What is said in the first `num` training items, as many of every task, and the engine's own prompts."""
+    """What is said in the first `num` training items, as many of every task, and the engine's own prompts.
+
+    Not of `keep`, which says the same few sentences over and over: they would become words of their own.
+    """
     yield from PERCEPTION_PROMPTS.values()
-    for task in MIXTURE:
-        for seed in range(num // len(MIXTURE)):
+    tasks = [task for task in MIXTURE if task != "keep"]
+    for task in tasks:
+        for seed in range(num // len(tasks)):
             for turn in make_item(task, seed, size_px=64).conversations:
                 yield turn["value"].replace(IMAGE_MARK, "").replace(DRAWN_MARK, "").strip()
 
