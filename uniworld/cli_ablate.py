@@ -132,7 +132,7 @@ def variants_of(name: str, only: str | None) -> list[Variant]:
 
 
 def with_own_drawing(options: AblateOptions) -> AblateOptions:
-    """Steps and guidance of the start where none are asked for, as `eval scenes` takes them."""
+    """Steps and guidance of the start where none are asked for; with pictures as many steps as without."""
     folder = model_folder(options.start)
     own = drawing_defaults(read_config(folder), folder)
     return replace(
@@ -237,8 +237,8 @@ def score(
     variant: Variant, columns: Sequence[Column], budget: Budget, folder: Path, options: AblateOptions
 ) -> dict[str, Any]:
     """The scores of a variant on held-out items; what was scored before is read."""
-    steps = {"steps": options.draw_steps, "edit_steps": options.draw_steps}
-    plan = SuitePlan(model=variant.name, **steps, guidance=options.guidance, size_px=SIZE_PX)
+    steps, guidance = options.draw_steps, options.guidance
+    plan = SuitePlan(model=variant.name, steps=steps, edit_steps=steps, guidance=guidance, size_px=SIZE_PX)
     scores = folder / "scores" / variant.name
     asked = {"num": options.num, "columns": [column.name for column in columns]}
     open_folder(plan, scores)
