@@ -1,9 +1,9 @@
 """What each optimization of a DiT step gives alone: ours with one of them taken away at a time, against ours with all.
 
 Taken away are: a fused op, for its plain torch reference; what is made once a request (modulation, text projection,
-rotary tables), which is then made in every step; q, k and v in one product; the CUDA graph; the attention kernel, for
-each other one that this device has. On a GPU these are steps of FLUX.1-dev, replayed as CUDA graphs but where the graph
-is what is taken away; on a CPU those of a small DiT.
+rotary tables), which is then made in every step; q, k and v in one product; the single blocks' two products of their
+input, which are then one; the CUDA graph; the attention kernel, for each other one that this device has. On a GPU these
+are steps of FLUX.1-dev, replayed as CUDA graphs but where the graph is what is taken away; on a CPU of a small DiT.
 """
 
 import functools
@@ -28,8 +28,9 @@ from uniworld.engine import steps
 from uniworld.kernels.attention_backends import available_backends, choose_backend, why_unsuited
 from uniworld.kernels.linear import linear
 from uniworld.kernels.registry import load_ops
-from uniworld.models.blocks import Linear
+from uniworld.models.blocks import AttentionPlan, Linear, SingleBlock
 from uniworld.models.flux import FluxConfig, FluxTransformer
+from uniworld.models.quantized import linear_of_pair
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DRY_RUN = os.environ.get("UNIWORLD_BENCH_SIZE") == "tiny"
@@ -108,6 +109,7 @@ def variants(model: FluxTransformer, device: str, dtype: torch.dtype) -> dict[st
     for name in ("modulation", "text projection", "rotary tables"):
         found[f"{name} once a request"] = Variant(anew=name)
     found["q, k and v in one product"] = Variant(three_products)
+    found["single blocks' two products of their input"] = Variant(functools.partial(one_product, {}))
     head_dim = model.config.attention_head_dim
     chosen = choose_backend("auto", torch.device(device), dtype, head_dim).name
     for name, missing in available_backends(device).items():
@@ -145,6 +147,25 @@ def three_products() -> Iterator[None]:
         return y.view(*x.shape[:-1], out_features)
 
     with mock.patch.object(Linear, "forward", forward):
+        yield
+
+
+@contextmanager
+def one_product(fused: dict[SingleBlock, tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """One product of 7 D columns in a single block, whose last 4 D then go through GELU: no GELU in an epilogue.
+    `fused` keeps each block's joined weight and bias."""
+
+    def forward(block: SingleBlock, normed: Tensor, plan: AttentionPlan) -> Tensor:
+        first, second = block.attn.to_qkv, block.proj_mlp
+        if block not in fused:
+            fused[block] = torch.cat([first.weight, second.weight]), torch.cat([first.bias, second.bias])
+        qkv, hidden = linear(normed, *fused[block]).split([first.out_features, second.out_features], dim=-1)
+        with mock.patch.object(first, "forward", lambda _: qkv):
+            attended = block.attn(normed, plan)
+        hidden = F.gelu(hidden, approximate="tanh")
+        return linear_of_pair(attended, hidden, block.proj_out.weight, block.proj_out.bias)
+
+    with mock.patch.object(SingleBlock, "forward", forward):
         yield
 
 

@@ -2,8 +2,8 @@
 
 The first process finds no kernel of Triton's compiled, as after an installation; those after it find them all.
 
-A checkpoint of random weights is written to the disk first, 48 GiB of it, or 39 without T5 where there is less room. In
-`bench/gpu.sh` it is a section of its own, on request. `UNIWORLD_BENCH_SIZE=tiny` is a dry run on any device.
+A checkpoint of random weights is written to the disk first, 48 GiB of it, or 39 without T5 where there is less room.
+`bench/gpu.sh` has it among its last sections. `UNIWORLD_BENCH_SIZE=tiny` is a dry run on any device.
 """
 
 import json

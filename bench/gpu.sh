@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Builds, tests and measures everything on one GPU machine, in one call of under nine minutes, or more of it in two:
+# Builds, tests and measures everything on one GPU machine, in one call of under nine minutes, or more of it in three:
 #
-#   bash bench/gpu.sh                     both, each section with half of its time: 515 s at most
+#   bash bench/gpu.sh                     all three: 515 s at most; the rest has what the others leave
 #   SECTIONS=kernels bash bench/gpu.sh    build, tests, every op, training steps: 515 s at most
 #   SECTIONS=models  bash bench/gpu.sh    build, steps and requests of the full model: 515 s at most
+#   SECTIONS=rest    bash bench/gpu.sh    build, cold start, stage 2 at full depth, offloading: 515 s at most
 #   SECTIONS="build requests" bash bench/gpu.sh    one section with all of the time
 #
 # Needs nothing but this repository, python3 with torch, transformers and pytest, and nvcc; no network.
@@ -14,11 +15,11 @@
 #
 #   OUT       folder for rows (<bench>.jsonl), log.txt and summary.txt; default ./out
 #   WHEELS    folder of wheels (diffusers, deepspeed, torchao and what they need) to use without installing them
-#   SECTIONS  which to run: "kernels", "models", or names of sections; default both
-#             "cold_start" is in neither: it writes a checkpoint of 39 to 48 GiB and times new processes until a picture
-#             "offload" is in neither: it copies the full-size model to pinned memory and draws, once for every level
-#             "train_memory" is in neither: it trains stage 2 at full depth, its optimizer in host memory (92 GiB there)
-#             "tiny" is in neither: it trains the model tiny for the time that is left, and goes on where an earlier call
+#   SECTIONS  which to run: "kernels", "models", "rest", or names of sections; default all three
+#             "cold_start" writes a checkpoint of 39 to 48 GiB and times new processes until a picture
+#             "train_memory" trains stage 2 at full depth, its optimizer in host memory (92 GiB there)
+#             "offload" copies the full-size model to pinned memory and draws, once for every level
+#             "tiny" is in none: it trains the model tiny for the time that is left, and goes on where an earlier call
 #             stopped: its parts, scores and, at the end, weights go to OUT/tiny
 #   DEADLINE  seconds for all sections together, default 515
 #   DRY_RUN   1 runs the same sections at a tiny size, on a CPU too
@@ -32,10 +33,12 @@ OUT=${OUT:-$ROOT/out}
 WHEELS=${WHEELS:-}
 KERNELS="build kernel_tests gpu_tests ops ema alone train_step region_mask"
 MODELS="build steps requests dit_step generate decode"
-SECTIONS=${SECTIONS:-kernels models}
+REST="build cold_start train_memory offload"
+SECTIONS=${SECTIONS:-kernels models rest}
 DEADLINE=${DEADLINE:-515}
 SECTIONS=${SECTIONS/kernels/$KERNELS}
 SECTIONS=${SECTIONS/models/$MODELS}
+SECTIONS=${SECTIONS/rest/$REST}
 DRY_RUN=${DRY_RUN:-0}
 PYTHON=${PYTHON:-python3}
 
@@ -55,36 +58,46 @@ if [ "$DRY_RUN" = 1 ]; then
   export UNIWORLD_BENCH_SIZE=tiny
 fi
 
-# Seconds of each section where all of "kernels" or of "models" run. What is wanted shares the time that is left, but for
-# the build, in these proportions.
+# Seconds of each section where all of its group run. What is wanted shares the time that is left, but for the build, in
+# these proportions.
 declare -A LIMITS=(
   [build]=60
   [kernel_tests]=105 [gpu_tests]=50 [ops]=125 [ema]=20 [alone]=55 [train_step]=90 [region_mask]=10
   [steps]=210 [requests]=195 [dit_step]=20 [generate]=20 [decode]=10
-  [cold_start]=420 [offload]=420 [train_memory]=300 [tiny]=420
+  [cold_start]=160 [train_memory]=135 [offload]=160 [tiny]=420
 )
-TOGETHER=0 # of all wanted sections that are still to come
-for name in $SECTIONS; do
-  [ "$name" = build ] || TOGETHER=$((TOGETHER + ${LIMITS[$name]:-0}))
+# Those of the rest that leave nothing in less: they run last, each if that is left, and nothing is kept for them.
+declare -A LEAST=([cold_start]=150 [train_memory]=120 [offload]=100)
+
+wanted() { [[ " $SECTIONS " == *" $1 "* ]]; }
+
+TOGETHER=0 LAST=0 # of all wanted sections that are still to come, and of those of the rest
+for name in $(tr ' ' '\n' <<<"$SECTIONS" | sort -u); do
+  if [ -n "${LEAST[$name]:-}" ]; then
+    LAST=$((LAST + LIMITS[$name]))
+  elif [ "$name" != build ]; then
+    TOGETHER=$((TOGETHER + ${LIMITS[$name]:-0}))
+  fi
 done
 
 remaining() { echo $((DEADLINE - SECONDS)); }
 
-wanted() { [[ " $SECTIONS " == *" $1 "* ]]; }
-
 # section NAME COMMAND...: run it with a time limit, append its output to the log, add a line to the summary.
 section() {
-  local name=$1 limit left rc began=$SECONDS part=$SCRATCH/$1.txt
+  local name=$1 limit left least rc began=$SECONDS part=$SCRATCH/$1.txt
   shift
   wanted "$name" || return 0
-  limit=${LIMITS[$name]}
-  left=$(remaining)
-  if [ "$name" != build ]; then
+  limit=${LIMITS[$name]} least=${LEAST[$name]:-10} left=$(remaining)
+  if [ -n "${LEAST[$name]:-}" ]; then
+    LAST=$((LAST - limit))
+    limit=$((limit * left / (TOGETHER + LAST + limit)))
+    [ "$limit" -ge "$least" ] || limit=$least
+  elif [ "$name" != build ]; then
     TOGETHER=$((TOGETHER - limit))
     limit=$((limit * left / (TOGETHER + limit)))
   fi
-  if [ "$left" -lt 10 ]; then
-    printf '%-14s %10s %9s  %s\n' "$name" 'not run' 0 'no time left' >>"$SUMMARY"
+  if [ "$left" -lt "$least" ] && [ "$DRY_RUN" != 1 ] || [ "$left" -lt 10 ]; then
+    printf '%-14s %10s %9s  %s\n' "$name" 'not run' 0 "$left s are left, $least wanted" >>"$SUMMARY"
     return 0
   fi
   [ "$limit" -lt "$left" ] && [ "$DRY_RUN" != 1 ] || limit=$left # a dry run may compile for minutes on a CPU
@@ -161,8 +174,8 @@ section generate "${PYTEST[@]}" bench/generate.py
 section decode "${PYTEST[@]}" bench/decode.py
 section region_mask "${PYTEST[@]}" bench/region_mask.py
 section cold_start "${PYTEST[@]}" bench/cold_start.py
-section offload "${PYTEST[@]}" bench/offload.py
 section train_memory "${PYTEST[@]}" bench/train_memory.py
+section offload "${PYTEST[@]}" bench/offload.py
 
 # Half a minute is kept for saving and copying.
 train_tiny() {

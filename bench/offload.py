@@ -1,7 +1,7 @@
 """Whole edits with weights that wait in host memory: what copies behind kernels cost, and the memory that is left over.
 
-One set of random weights at full size, placed anew for every level. In `bench/gpu.sh` it is a section of its own, on
-request, since every level copies tens of gigabytes to pinned memory. `UNIWORLD_BENCH_SIZE=tiny` is a dry run.
+One set of random weights at full size, placed anew for every level. `bench/gpu.sh` has it as its last section, since
+every level copies tens of gigabytes to pinned memory. `UNIWORLD_BENCH_SIZE=tiny` is a dry run.
 """
 
 import os

@@ -1,8 +1,8 @@
 """Stage 2 at full depth with its optimizer in host memory: whether one GPU of 80 GB holds it, and what a step takes.
 
 All 12 B parameters of the DiT, of which 4.1 B learn, random weights, encoders live. There is no peer: no GPU holds what
-the plain step keeps. The row says beside what was measured what `uniworld plan` says of the same config. In
-`bench/gpu.sh` it is a section of its own, on request; `UNIWORLD_BENCH_SIZE=tiny` is a dry run.
+the plain step keeps. The row says beside what was measured what `uniworld plan` says of the same config. `bench/gpu.sh`
+has it among its last sections; `UNIWORLD_BENCH_SIZE=tiny` is a dry run.
 """
 
 import pytest

@@ -34,7 +34,7 @@ def request_(alone, model):
 def test_every_variant_computes_the_same_step(alone, model, request_):
     variants = alone.variants(model, "cpu", torch.float32)
     truth = alone.call_of(request_, variants[alone.ALL], "cpu")()
-    assert truth.isfinite().all() and len(variants) >= 13
+    assert truth.isfinite().all() and len(variants) >= 14
     for name, variant in variants.items():
         latents = alone.call_of(request_, variant, "cpu")()
         assert alone.relative_error(latents, truth) < 1e-5, name
@@ -83,6 +83,21 @@ def test_what_is_made_anew_and_the_products(alone, model, request_):
         with alone.three_products():
             request_.step()
         assert products.call_count == 2 * plain + 3 * 3  # of one double block's two streams and one single block
+
+
+def test_one_product_of_a_single_block_is_as_wide_as_both(alone, model, request_):
+    widths, dim = [], model.config.dim
+
+    def linear(x, weight, bias):
+        widths.append(len(weight))
+        return torch.nn.functional.linear(x, weight, bias)
+
+    fused = {}
+    with torch.inference_mode(), mock.patch.object(alone, "linear", linear), alone.one_product(fused):
+        request_.step()
+        request_.step()
+    assert widths == [7 * dim] * 2 * model.config.num_single_layers
+    assert [len(weight) for weight, _ in fused.values()] == [7 * dim] * model.config.num_single_layers
 
 
 def test_every_other_attention_is_a_variant(alone, model):
