@@ -32,7 +32,7 @@ ROOT=$PWD
 OUT=${OUT:-$ROOT/out}
 WHEELS=${WHEELS:-}
 KERNELS="build kernel_tests gpu_tests ops ema alone train_step region_mask"
-MODELS="build steps requests dit_step generate decode"
+MODELS="build steps requests dit_step generate decode load"
 REST="build cold_start train_memory offload"
 SECTIONS=${SECTIONS:-kernels models rest}
 DEADLINE=${DEADLINE:-515}
@@ -63,7 +63,7 @@ fi
 declare -A LIMITS=(
   [build]=60
   [kernel_tests]=105 [gpu_tests]=50 [ops]=125 [ema]=20 [alone]=55 [train_step]=90 [region_mask]=10
-  [steps]=210 [requests]=195 [dit_step]=20 [generate]=20 [decode]=10
+  [steps]=195 [requests]=195 [dit_step]=20 [generate]=20 [decode]=10 [load]=15
   [cold_start]=160 [train_memory]=135 [offload]=160 [tiny]=420
 )
 # Those of the rest that leave nothing in less: they run last, each if that is left, and nothing is kept for them.
@@ -172,6 +172,7 @@ section train_step "${PYTEST[@]}" bench/train_step.py
 section dit_step "${PYTEST[@]}" bench/dit_step.py
 section generate "${PYTEST[@]}" bench/generate.py
 section decode "${PYTEST[@]}" bench/decode.py
+section load "${PYTEST[@]}" bench/load.py
 section region_mask "${PYTEST[@]}" bench/region_mask.py
 section cold_start "${PYTEST[@]}" bench/cold_start.py
 section train_memory "${PYTEST[@]}" bench/train_memory.py

@@ -248,6 +248,14 @@ def decode_table(rows: list[Row]) -> str:
     return table(header, lines)
 
 
+def load_table(rows: list[Row]) -> str:
+    header = ("weights, dtype", "side", "median, s", "best, s", "GB/s", "times as long as ours")
+    lines = [
+        (*timing_cells(row), number(row, "gb_per_s", "{:.2f}"), number(row, "times_longer", "{:.2f}")) for row in rows
+    ]
+    return table(header, lines)
+
+
 def counts_step_table(rows: list[Row]) -> str:
     header = ("step", "side", "kernels", "of diffusers'", "TFLOPs", "of F(S)", "GB read and written")
     lines = [
@@ -298,6 +306,7 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "throughput": throughput_table,
     "alone": alone_table,
     "decode": decode_table,
+    "load": load_table,
     "tiny": tiny_table,
     "counts_step": counts_step_table,
     "counts_ops": counts_ops_table,

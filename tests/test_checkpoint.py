@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -276,17 +277,38 @@ def test_tied_parameters_are_filled_by_any_of_their_names(tmp_path):
             self.table, self.head = nn.Linear(3, 4, bias=False), nn.Linear(3, 4, bias=False)
             self.head.weight = self.table.weight
 
-    value = torch.randn(4, 3)
-    for key in ("table.weight", "head.weight"):
-        save_file({key: value}, tmp_path / WEIGHTS)
+    value, other = torch.randn(2, 4, 3)
+    for keys in ("table.weight",), ("head.weight",), ("head.weight", "table.weight"):  # the last in the file counts
+        save_file({key: value if key == keys[-1] else other for key in keys}, tmp_path / WEIGHTS)
         with parameters_on_meta():
             module = Tied()
         targets = module_targets(module, lambda name: (name,))
         plan = Plan("x", read_headers([tmp_path / WEIGHTS]), targets, torch.device("cpu"), torch.float32)
         plan.check()
-        fill([plan])
+        told = []
+        fill([plan], advance=lambda num_bytes, told=told: told.append((num_bytes, threading.get_ident())))
         assert module.head.weight is module.table.weight
         assert torch.equal(module.head.weight, value)
+        assert sum(num_bytes for num_bytes, _ in told) == plan.num_bytes == len(keys) * value.nbytes
+        assert {thread for _, thread in told} == {threading.get_ident()}
+
+
+def test_of_many_tensors_one_that_is_broken_ends_the_reading(tmp_path):
+    """Before the file is closed, and with the reason of the first that failed."""
+    with parameters_on_meta():
+        module = nn.ModuleList(nn.Linear(8, 8) for _ in range(100))
+    weights = {name: torch.randn(parameter.shape) for name, parameter in module.named_parameters()}
+    weights["7.weight"][3, 3] = torch.nan
+    save_file(weights, tmp_path / WEIGHTS)
+    targets = module_targets(module, lambda name: (name,))
+    plan = Plan("x", read_headers([tmp_path / WEIGHTS]), targets, torch.device("cpu"), torch.float32)
+    before = threading.active_count()
+    with pytest.raises(ValueError, match=r"7\.weight holds NaN"):
+        fill([plan], check_finite=True)
+    assert threading.active_count() == before
+    fill([plan])
+    for name, parameter in module.named_parameters():
+        assert torch.equal(parameter, weights[name]) or name == "7.weight"
 
 
 # Loading what is wrong

@@ -44,14 +44,14 @@ def test_bench_files_of_sections_exist_and_are_collected():
 @pytest.mark.parametrize(
     "sections, expected",
     [
-        ("models", "build steps requests dit_step generate decode"),
+        ("models", "build steps requests dit_step generate decode load"),
         ("kernels", "build kernel_tests gpu_tests ops ema alone train_step region_mask"),
         ("rest", "build cold_start train_memory offload"),
         ("build requests", "build requests"),
         (
             None,
             "build kernel_tests gpu_tests ops ema alone train_step region_mask steps requests dit_step generate decode "
-            "cold_start train_memory offload",
+            "load cold_start train_memory offload",
         ),
     ],
 )

@@ -6,7 +6,9 @@ weight is read; then each tensor goes straight from the mapped file to its devic
 
 import contextlib
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 MAX_LISTED = 10
+MAX_READERS = 8  # threads: one alone waits for the pages of a mapped file, and copies no faster than a core can
 ITEMSIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # the dtypes that weights may have
 
 
@@ -62,10 +65,19 @@ class Plan:
 
     def __post_init__(self):
         self.title = str(self.title)
+        if self.device.type == "cuda" and self.device.index is None:  # each thread has a current device of its own
+            self.device = torch.device("cuda", torch.cuda.current_device())
 
     @property
     def num_bytes(self) -> int:
         return sum(h.num_bytes for h in self.headers.values())
+
+    def names_by_file(self) -> dict[Path, list[str]]:
+        """Names of the tensors in the order in which they lie in each file."""
+        found: dict[Path, list[str]] = {}
+        for name, header in self.headers.items():
+            found.setdefault(header.path, []).append(name)
+        return found
 
     def device_of(self, module: nn.Module) -> torch.device:
         return self.homes.get(module, self.device)
@@ -156,22 +168,41 @@ def module_targets(module: nn.Module, sources: Callable[[str], tuple[str, ...]])
 def fill(plans: list[Plan], *, check_finite: bool = False, advance: Callable[[int], None] = lambda _: None) -> None:
     """Read every tensor of checked plans into its module; parameters become frozen, buffers follow to the device.
 
+    The tensors of a file are read by several threads, file after file.
+
     Args:
         plans: plans that `Plan.check` accepts.
-        check_finite: raise a ValueError that names the first tensor with a NaN or an infinity.
-        advance: called with the bytes just read.
+        check_finite: raise a ValueError that names a tensor with a NaN or an infinity.
+        advance: called with the bytes just read, by the calling thread.
     """
-    for plan in plans:
-        by_file: dict[Path, list[str]] = {}
-        for name, header in plan.headers.items():
-            by_file.setdefault(header.path, []).append(name)
-        for path, names in by_file.items():
-            with open_weights(path) as file:
-                for name in names:
-                    _fill_one(plan, name, file, check_finite)
-                    advance(plan.headers[name].num_bytes)
-        for module in {id(t.module): t.module for t in plan.targets.values()}.values():
-            move_buffers(module, plan.device_of(module))
+    with ThreadPoolExecutor(min(MAX_READERS, os.cpu_count() or 1)) as readers:
+        for plan in plans:
+            _make_room_for_rows(plan)
+            # Of a tied parameter that a file has twice the last counts, as if they were read one after the other.
+            last = {plan.targets[name].identity: name for name in plan.headers}
+            for path, names in plan.names_by_file().items():
+                with open_weights(path) as file:
+                    used = [name for name in names if last[plan.targets[name].identity] == name]
+                    advance(sum(plan.headers[name].num_bytes for name in set(names).difference(used)))
+                    reads = {readers.submit(_fill_one, plan, name, file, check_finite): name for name in used}
+                    try:
+                        for read in as_completed(reads):
+                            read.result()
+                            advance(plan.headers[reads[read]].num_bytes)
+                    except BaseException:
+                        readers.shutdown(cancel_futures=True)  # before the file is closed
+                        raise
+            for module in {id(t.module): t.module for t in plan.targets.values()}.values():
+                move_buffers(module, plan.device_of(module))
+
+
+def _make_room_for_rows(plan: Plan) -> None:
+    """Parameters that several tensors fill, whichever of them comes first."""
+    for name in plan.headers:
+        target = plan.targets[name]
+        parameter = target.module.get_parameter(target.names[0])
+        if target.rows > 1 and parameter.is_meta:
+            assign(target, torch.empty(parameter.shape, dtype=plan.dtype, device=plan.device_of(target.module)))
 
 
 def _fill_one(plan: Plan, name: str, file, check_finite: bool) -> None:
@@ -182,15 +213,11 @@ def _fill_one(plan: Plan, name: str, file, check_finite: bool) -> None:
         raise ValueError(f"{header.path}: {header.key} cannot be read ({error})") from None
     if check_finite and not torch.isfinite(tensor).all():
         raise ValueError(f"{header.path}: {header.key} holds NaN or infinite values")
-    device = plan.device_of(target.module)
     if target.rows == 1:
-        assign(target, moved(tensor, device, plan.dtype))
+        assign(target, moved(tensor, plan.device_of(target.module), plan.dtype))
         return
-    parameter = target.module.get_parameter(target.names[0])
-    if parameter.is_meta:
-        assign(target, torch.empty(parameter.shape, dtype=plan.dtype, device=device))
-        parameter = target.module.get_parameter(target.names[0])
     rows = target.shape[0]
+    parameter = target.module.get_parameter(target.names[0])
     parameter.data[target.row * rows : (target.row + 1) * rows].copy_(tensor)
 
 
