@@ -63,7 +63,7 @@ def tables(scene: Scene) -> Tables:
     """The tables of all things of a scene, in their order."""
     found = [_rows_of(thing) for thing in scene.things]
     counts = {name: [len(getattr(rows, name)) for rows in found] for name in WIDTHS}
-    starts = {name: np.cumsum([0, *counts[name][:-1]]) for name in WIDTHS}
+    starts = {name: np.cumsum([0, *counts[name][:-1]]) for name in ("solids", "dots", "planes")}
     joined = {
         name: np.concatenate([np.empty((0, width)), *(getattr(rows, name) for rows in found)])
         for name, width in WIDTHS.items()
