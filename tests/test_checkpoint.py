@@ -293,6 +293,12 @@ def test_tied_parameters_are_filled_by_any_of_their_names(tmp_path):
         assert {thread for _, thread in told} == {threading.get_ident()}
 
 
+def test_loading_inside_inference_mode():
+    with torch.inference_mode():
+        model = load_uniworld("tiny", progress=False)
+    assert not any(parameter.is_inference() for parameter in model.denoiser.parameters())
+
+
 def test_of_many_tensors_one_that_is_broken_ends_the_reading(tmp_path):
     """Before the file is closed, and with the reason of the first that failed."""
     with parameters_on_meta():

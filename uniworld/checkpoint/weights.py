@@ -175,7 +175,8 @@ def fill(plans: list[Plan], *, check_finite: bool = False, advance: Callable[[in
         check_finite: raise a ValueError that names a tensor with a NaN or an infinity.
         advance: called with the bytes just read, by the calling thread.
     """
-    with ThreadPoolExecutor(min(MAX_READERS, os.cpu_count() or 1)) as readers:
+    # Inference mode is of one thread: with the caller's, tensors made here could not be written to there.
+    with torch.inference_mode(False), ThreadPoolExecutor(min(MAX_READERS, os.cpu_count() or 1)) as readers:
         for plan in plans:
             _make_room_for_rows(plan)
             # Of a tied parameter that a file has twice the last counts, as if they were read one after the other.
