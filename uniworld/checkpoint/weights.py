@@ -179,22 +179,27 @@ def fill(plans: list[Plan], *, check_finite: bool = False, advance: Callable[[in
     with torch.inference_mode(False), ThreadPoolExecutor(min(MAX_READERS, os.cpu_count() or 1)) as readers:
         for plan in plans:
             _make_room_for_rows(plan)
-            # Of a tied parameter that a file has twice the last counts, as if they were read one after the other.
-            last = {plan.targets[name].identity: name for name in plan.headers}
-            for path, names in plan.names_by_file().items():
-                with open_weights(path) as file:
-                    used = [name for name in names if last[plan.targets[name].identity] == name]
-                    advance(sum(plan.headers[name].num_bytes for name in set(names).difference(used)))
-                    reads = {readers.submit(_fill_one, plan, name, file, check_finite): name for name in used}
-                    try:
-                        for read in as_completed(reads):
-                            read.result()
-                            advance(plan.headers[reads[read]].num_bytes)
-                    except BaseException:
-                        readers.shutdown(cancel_futures=True)  # before the file is closed
-                        raise
+            for num_bytes in _read(plan, readers, check_finite):
+                advance(num_bytes)
             for module in {id(t.module): t.module for t in plan.targets.values()}.values():
                 move_buffers(module, plan.device_of(module))
+
+
+def _read(plan: Plan, readers: ThreadPoolExecutor, check_finite: bool) -> Iterator[int]:
+    """Fill a plan's parameters, file after file; the bytes of each tensor when it is there."""
+    # Of a tied parameter that a file has twice the last counts, as if they were read one after the other.
+    last = {plan.targets[name].identity: name for name in plan.headers}
+    for path, names in plan.names_by_file().items():
+        used = [name for name in names if last[plan.targets[name].identity] == name]
+        yield sum(plan.headers[name].num_bytes for name in set(names).difference(used))
+        with open_weights(path) as file:
+            reads = [readers.submit(_fill_one, plan, name, file, check_finite) for name in used]
+            try:
+                for read in as_completed(reads):
+                    yield read.result()
+            except BaseException:
+                readers.shutdown(cancel_futures=True)  # before the file is closed
+                raise
 
 
 def _make_room_for_rows(plan: Plan) -> None:
@@ -206,7 +211,8 @@ def _make_room_for_rows(plan: Plan) -> None:
             assign(target, torch.empty(parameter.shape, dtype=plan.dtype, device=plan.device_of(target.module)))
 
 
-def _fill_one(plan: Plan, name: str, file, check_finite: bool) -> None:
+def _fill_one(plan: Plan, name: str, file, check_finite: bool) -> int:
+    """Returns the bytes that were read."""
     header, target = plan.headers[name], plan.targets[name]
     try:
         tensor = file.get_tensor(header.key)
@@ -216,10 +222,11 @@ def _fill_one(plan: Plan, name: str, file, check_finite: bool) -> None:
         raise ValueError(f"{header.path}: {header.key} holds NaN or infinite values")
     if target.rows == 1:
         assign(target, moved(tensor, plan.device_of(target.module), plan.dtype))
-        return
-    rows = target.shape[0]
-    parameter = target.module.get_parameter(target.names[0])
-    parameter.data[target.row * rows : (target.row + 1) * rows].copy_(tensor)
+    else:
+        rows = target.shape[0]
+        parameter = target.module.get_parameter(target.names[0])
+        parameter.data[target.row * rows : (target.row + 1) * rows].copy_(tensor)
+    return header.num_bytes
 
 
 def moved(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
