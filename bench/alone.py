@@ -3,7 +3,8 @@
 Taken away are: a fused op, for its plain torch reference; what is made once a request (modulation, text projection,
 rotary tables), which is then made in every step; q, k and v in one product; the single blocks' two products of their
 input, which are then one; the CUDA graph; the attention kernel, for each other one that this device has. On a GPU these
-are steps of FLUX.1-dev, replayed as CUDA graphs but where the graph is what is taken away; on a CPU of a small DiT.
+are steps of FLUX.1-dev, replayed as CUDA graphs but where the graph is what is taken away; on a CPU of a small DiT. In
+FP8, whose products a CPU does not have, the single blocks' one product of their input is taken away.
 """
 
 import functools
@@ -25,12 +26,13 @@ from timing import Call, Samples, interleave
 from torch import Tensor
 
 from uniworld.engine import steps
+from uniworld.engine.quantize import quantized_copy
 from uniworld.kernels.attention_backends import available_backends, choose_backend, why_unsuited
 from uniworld.kernels.linear import linear
 from uniworld.kernels.registry import load_ops
 from uniworld.models.blocks import AttentionPlan, Linear, SingleBlock
 from uniworld.models.flux import FluxConfig, FluxTransformer
-from uniworld.models.quantized import linear_of_pair
+from uniworld.models.quantized import Normed, linear_of_both, linear_of_pair
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DRY_RUN = os.environ.get("UNIWORLD_BENCH_SIZE") == "tiny"
@@ -160,8 +162,7 @@ def one_product(fused: dict[SingleBlock, tuple[Tensor, Tensor]]) -> Iterator[Non
         if block not in fused:
             fused[block] = torch.cat([first.weight, second.weight]), torch.cat([first.bias, second.bias])
         qkv, hidden = linear(normed, *fused[block]).split([first.out_features, second.out_features], dim=-1)
-        with mock.patch.object(first, "forward", lambda _: qkv):
-            attended = block.attn(normed, plan)
+        attended = block.attn(qkv, plan)
         hidden = F.gelu(hidden, approximate="tanh")
         return linear_of_pair(attended, hidden, block.proj_out.weight, block.proj_out.bias)
 
@@ -175,6 +176,18 @@ def attention(model: FluxTransformer, backend: str) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def two_products() -> Iterator[None]:
+    """One product for q, k and v of a single block and one for its MLP, of weights that lie together."""
+
+    def forward(block: SingleBlock, normed: Normed, plan: AttentionPlan) -> Tensor:
+        attended = block.attn(block.attn.to_qkv(normed), plan)
+        return linear_of_both(attended, block.proj_mlp, normed, block.proj_out)
+
+    with mock.patch.object(SingleBlock, "forward", forward):
+        yield
+
+
 def call_of(request: Request, variant: Variant, device: str) -> Call:
     def step() -> Tensor:
         with torch.inference_mode(), variant.inside():
@@ -184,17 +197,17 @@ def call_of(request: Request, variant: Variant, device: str) -> Call:
 
 
 @functools.cache
-def model() -> FluxTransformer:
-    return random_flux(CONFIG, DTYPE, DEVICE)
+def model(quantize: str | None = None) -> FluxTransformer:
+    return random_flux(CONFIG, DTYPE, DEVICE) if quantize is None else quantized_copy(model(), quantize)
 
 
 @functools.cache
-def measure(case: Case) -> dict[str, tuple[Samples, float] | Exception]:
+def measure(case: Case, quantize: str | None) -> dict[str, tuple[Samples, float] | Exception]:
     """(samples, distance of the latents from those with everything) of each variant, or the exception it raised."""
     with torch.inference_mode():
-        request = Request(model(), case, DEVICE, DTYPE)
+        request = Request(model(quantize), case, DEVICE, DTYPE)
     found, calls, truth = {}, {}, None
-    for name, variant in variants(model(), DEVICE, DTYPE).items():
+    for name, variant in (variants(model(), DEVICE, DTYPE) if quantize is None else FP8_VARIANTS).items():
         try:
             calls[name] = call_of(request, variant, DEVICE)
             latents = calls[name]()
@@ -207,20 +220,28 @@ def measure(case: Case) -> dict[str, tuple[Samples, float] | Exception]:
     return found | {name: (samples, found[name]) for name, samples in timed.items()}
 
 
-def names() -> list[str]:
+FP8_VARIANTS = {ALL: Variant(), "single blocks' one product of their input": Variant(two_products)}
+
+
+def names() -> list[tuple[str | None, str]]:
+    """What is taken away from a dense DiT, and from one in FP8 where a product in it is no stand-in."""
     with torch.device("meta"):
-        return list(variants(FluxTransformer(CONFIG), DEVICE, DTYPE))
+        dense = variants(FluxTransformer(CONFIG), DEVICE, DTYPE)
+    return [(None, name) for name in dense] + [("fp8", name) for name in FP8_VARIANTS if DEVICE == "cuda" or DRY_RUN]
 
 
-@pytest.mark.parametrize("case, without", [pytest.param(c, n, id=f"{c}-{n}") for c in CASES for n in names()])
-def test_without(case, without, report):
-    measured = measure(case)
+@pytest.mark.parametrize(
+    "case, quantize, without", [pytest.param(c, *n, id=f"{c}-{n[0]}-{n[1]}") for c in CASES for n in names()]
+)
+def test_without(case, quantize, without, report):
+    measured = measure(case, quantize)
     if isinstance(measured[without], Exception):
         raise measured[without]
     samples, error = measured[without]
     more = {"times_longer": samples.median / measured[ALL][0].median, "parameters": num_parameters()}
     more |= {"error": error, "error_is": "relative to the step with all of them", "tokens": case.num_tokens}
-    report(BENCH, f"{case}, S = {case.num_tokens}", without, DTYPE, samples, **more)
+    in_fp8 = f", {quantize}" if quantize else ""
+    report(BENCH, f"{case}, S = {case.num_tokens}{in_fp8}", without, DTYPE, samples, **more)
 
 
 def num_parameters() -> int:

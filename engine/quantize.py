@@ -62,6 +62,8 @@ def quantized_copy(
 ) -> FluxTransformer:
     """A DiT that shares every parameter of `model` but those of the quantized linears.
 
+    In FP8 the two linears that read a single block's input become one.
+
     Args:
         kind: "fp8" or "nf4".
         exclude: globs over parameter names (`transformer_blocks.0.*`, `*.attn.to_qkv.weight`) that stay as they are.
@@ -85,6 +87,8 @@ def quantized_copy(
                 owner, _, attribute = name.rpartition(".")
                 setattr(made.get_submodule(owner), attribute, quantized_linear(linear, kind, compute, home))
             advance(linear.weight.nbytes)
+    for block in made.single_transformer_blocks:
+        block.join()
     return made
 
 

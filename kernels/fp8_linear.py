@@ -78,6 +78,7 @@ register(
         bench_cases=(
             {"M": 4608, "K": 3072, "N": 9216},
             {"M": 4608, "K": 3072, "N": 12288},
+            {"M": 4608, "K": 3072, "N": 21504},  # what reads a single block's input: q, k, v and the MLP in one
             {"M": 4608, "K": 15360, "N": 3072},
         ),
         bytes_moved=lambda c: c["M"] * c["K"] + c["N"] * c["K"] + 2 * c["M"] * c["N"],

@@ -100,6 +100,20 @@ def test_one_product_of_a_single_block_is_as_wide_as_both(alone, model, request_
     assert [len(weight) for weight, _ in fused.values()] == [7 * dim] * model.config.num_single_layers
 
 
+@torch.inference_mode()
+def test_fp8_with_two_products_is_the_same_step(alone, model):
+    quantized = alone.quantized_copy(model, "fp8")
+    request = alone.Request(quantized, alone.Case(1, 64, shrink=16), "cpu", torch.float32)
+    together, apart = (
+        alone.call_of(request, variant, "cpu") for variant in (alone.Variant(), *list(alone.FP8_VARIANTS.values())[1:])
+    )
+    joint = quantized.single_transformer_blocks[0].joint
+    with mock.patch.object(joint, "forward", side_effect=joint.forward) as product:
+        truth = together()
+        assert product.call_count == 1
+        assert alone.relative_error(apart(), truth) < 1e-3 and product.call_count == 1
+
+
 def test_every_other_attention_is_a_variant(alone, model):
     head_dim = alone.TOY.attention_head_dim
     chosen = choose_backend("auto", torch.device("cpu"), torch.float32, head_dim).name

@@ -12,6 +12,7 @@ from uniworld.engine import Engine
 from uniworld.engine import quantize as quantize_module
 from uniworld.engine.quantize import check_quantize, fits, quantizable, quantized_copy
 from uniworld.engine.step_errors import StepErrors
+from uniworld.models import quantized
 from uniworld.models.quantized import Fp8Linear, Nf4Linear
 
 CPU = torch.device("cpu")
@@ -95,7 +96,8 @@ def test_only_the_large_linears_of_blocks_change():
     _, ours = make_pair("guided", torch.float32)
     made = quantized_copy(ours, "fp8")
     changed = {name for name, module in made.named_modules() if isinstance(module, Fp8Linear)}
-    assert changed == quantizable(ours).keys() and len(changed) == 2 * 8 + 3 * 3
+    joint = {f"single_transformer_blocks.{i}.joint" for i in range(3)}
+    assert changed == quantizable(ours).keys() | joint and len(changed) == 2 * 8 + 3 * (3 + 1)
     before = dict(ours.named_parameters())
     for name, parameter in made.named_parameters():
         owner = name.rpartition(".")[0]
@@ -105,6 +107,36 @@ def test_only_the_large_linears_of_blocks_change():
     assert not any(isinstance(module, Fp8Linear) for module in ours.modules())
     weight, scale = made.transformer_blocks[0].attn.to_qkv.weight, made.transformer_blocks[0].attn.to_qkv.weight_scale
     assert weight.dtype == torch.float8_e4m3fn and weight.nbytes == 3 * 64 * 64 and scale.shape == (3 * 64, 1)
+
+
+@torch.no_grad()
+def test_a_single_blocks_input_is_read_by_one_product(monkeypatch):
+    """Of 7 D columns, whose weights are named once; one that an excluded weight reads is read by two."""
+    _, ours = make_pair("guided", torch.float32)
+    inputs, dim = make_inputs(ours.config, torch.float32), ours.config.dim
+    made, apart = (quantized_copy(ours, "fp8") for _ in range(2))
+    weights = {name: p.shape for name, p in made.named_parameters() if name.startswith("single_transformer_blocks.0.")}
+    readers = {name: shape for name, shape in weights.items() if "norm" not in name and "proj_out" not in name}
+    assert set(readers) == {f"single_transformer_blocks.0.joint.{name}" for name in ("weight", "weight_scale", "bias")}
+    assert readers["single_transformer_blocks.0.joint.weight"] == (7 * dim, dim)
+    for block in apart.single_transformer_blocks:  # rows of the joint weight remain linears of their own
+        block.joint = None
+    torch.testing.assert_close(made(**inputs), apart(**inputs), rtol=1e-3, atol=1e-3)
+
+    columns, multiply = [], quantized.fp8_linear
+
+    def counted(x, x_scale, weight, *rest):
+        columns.append(len(weight))
+        return multiply(x, x_scale, weight, *rest)
+
+    monkeypatch.setattr(quantized, "fp8_linear", counted)
+    made(**inputs)
+    assert columns[-6:] == [7 * dim, dim] * 3
+    some = quantized_copy(ours, "fp8", exclude=["single_transformer_blocks.2.proj_mlp.weight"])
+    columns.clear()
+    some(**inputs)
+    assert columns[-6:] == [7 * dim, dim, 7 * dim, dim, 3 * dim, dim]
+    assert some.single_transformer_blocks[2].joint is None
 
 
 @torch.no_grad()

@@ -16,7 +16,16 @@ from uniworld.kernels.joint_attention import joint_attention
 from uniworld.kernels.linear import linear
 from uniworld.kernels.qk_norm_rope import qk_norm_rope
 from uniworld.kernels.quantize_rows import quantize_rows
-from uniworld.models.quantized import Normed, gate_adaln_for, gelu_of_linear, linear_of_both, takes_fp8
+from uniworld.models.quantized import (
+    Fp8Linear,
+    Normed,
+    gate_adaln_for,
+    gelu_of_linear,
+    joined,
+    linear_of_both,
+    linear_with_gelu,
+    takes_fp8,
+)
 
 
 class Rope(NamedTuple):
@@ -151,10 +160,10 @@ class SingleAttention(nn.Module):
         self.norm_q, self.norm_k = RMSScale(dim // num_heads), RMSScale(dim // num_heads)
         self.to_qkv = Linear(dim, 3 * dim)
 
-    def forward(self, x: Normed, plan: AttentionPlan) -> Tensor:
-        """Normalized joint sequence [B, S, D] -> attention output before its projection [B, S, D]."""
+    def forward(self, qkv: Tensor, plan: AttentionPlan) -> Tensor:
+        """`to_qkv` of the normalized joint sequence [B, S, 3 D] -> attention output before its projection [B, S, D]."""
         q, k, v = qk_norm_rope(
-            self.to_qkv(x),
+            qkv,
             self.norm_q.weight,
             self.norm_k.weight,
             plan.rope.cos,
@@ -240,6 +249,16 @@ class SingleBlock(nn.Module):
         self.attn = SingleAttention(dim, num_heads)
         self.proj_mlp = nn.Linear(dim, 4 * dim)
         self.proj_out = nn.Linear(5 * dim, dim)
+        self.joint: Fp8Linear | None = None
+
+    def join(self) -> None:
+        """Let one product take the place of the two that read the normalized sequence, where both are in e4m3.
+
+        GELU is then part of the next quantization. With dense weights it stands in the epilogue of `proj_mlp`'s
+        product, which q, k and v must not pass through.
+        """
+        if takes_fp8(*self.readers):
+            self.joint, self.attn.to_qkv, self.proj_mlp = joined(*self.readers)
 
     @property
     def readers(self) -> tuple[nn.Module, nn.Module]:
@@ -248,4 +267,8 @@ class SingleBlock(nn.Module):
 
     def forward(self, normed: Normed, plan: AttentionPlan) -> Tensor:
         """Normalized joint sequence [B, S, D] -> the block's update [B, S, D]; the caller adds `gate * update`."""
-        return linear_of_both(self.attn(normed, plan), self.proj_mlp, normed, self.proj_out)
+        if self.joint is None or not takes_fp8(*self.readers):  # LoRA may stand beside one of them
+            attended = self.attn(self.attn.to_qkv(normed), plan)
+            return linear_of_both(attended, self.proj_mlp, normed, self.proj_out)
+        qkv, hidden = self.joint(normed).split([reader.out_features for reader in self.readers], dim=-1)
+        return linear_with_gelu(self.attn(qkv, plan), hidden, self.proj_out)

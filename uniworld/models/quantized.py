@@ -52,6 +52,37 @@ class Fp8Linear(nn.Module):
         return fp8_linear(rows.values, rows.scale, self.weight, self.weight_scale, self.bias)
 
 
+class Fp8Rows(Fp8Linear):
+    """Some rows of an `Fp8Linear` as a linear of their own, without weights of its own."""
+
+    def __init__(self, joint: Fp8Linear, start: int, stop: int):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = joint.in_features, stop - start
+        self._rows, self._joint = slice(start, stop), (joint,)  # a tuple hides it: its weights are named once
+
+    @property
+    def weight(self) -> Tensor:
+        return self._joint[0].weight[self._rows]
+
+    @property
+    def weight_scale(self) -> Tensor:
+        return self._joint[0].weight_scale[self._rows]
+
+    @property
+    def bias(self) -> Tensor:
+        return self._joint[0].bias[self._rows]
+
+
+def joined(first: Fp8Linear, second: Fp8Linear) -> tuple[Fp8Linear, Fp8Rows, Fp8Rows]:
+    """A linear with the rows of both behind each other, and each of the two as rows of it."""
+    height, total = first.out_features, first.out_features + second.out_features
+    joint = Fp8Linear(first.in_features, total, first.bias.dtype, first.weight.device)
+    for name, parameter in joint.named_parameters():
+        parameter[:height].copy_(getattr(first, name))
+        parameter[height:].copy_(getattr(second, name))
+    return joint, Fp8Rows(joint, 0, height), Fp8Rows(joint, height, total)
+
+
 class Nf4Linear(nn.Module):
     """A linear whose weight is bitsandbytes' NF4, 64 weights to an fp32 scale; it is unpacked for every product.
 
@@ -123,9 +154,19 @@ def linear_of_both(attn: Tensor, mlp: nn.Module, x: Normed, out: nn.Module) -> T
 
     In e4m3 both parts are quantized together, as rows with one scale.
     """
-    if takes_fp8(mlp, out):
-        return out(quantize_rows(attn, gelu_of=mlp(x)))
-    hidden = gelu_of_linear(mlp, x)
+    if takes_fp8(mlp):
+        return linear_with_gelu(attn, mlp(x), out)
+    return _linear_of_parts(attn, gelu_of_linear(mlp, x), out)
+
+
+def linear_with_gelu(attn: Tensor, hidden: Tensor, out: nn.Module) -> Tensor:
+    """out(cat([attn, GELU(hidden)], -1)): attn [B, L, D], hidden [B, L, G] -> [B, L, N]; both may be parts of rows."""
+    if takes_fp8(out):
+        return out(quantize_rows(attn, gelu_of=hidden))
+    return _linear_of_parts(attn, gelu(hidden), out)
+
+
+def _linear_of_parts(attn: Tensor, hidden: Tensor, out: nn.Module) -> Tensor:
     if isinstance(out, nn.Linear | Nf4Linear):
         return linear_of_pair(attn, hidden, dense_weight(out), out.bias)
     return out(torch.cat([attn, hidden], dim=-1))
