@@ -1,9 +1,10 @@
 """From the start of a process to its first picture, weights in the page cache: an edit by the full-size model.
 
-The first process finds no kernel of Triton's compiled, as after an installation; those after it find them all.
+The first process finds no kernel of Triton's compiled, as after an installation; those after it find them all. Of these
+some encode the prompt and its picture while the DiT's weights are read, as the command line does, and others after it.
 
-A checkpoint of random weights is written to the disk first, 48 GiB of it, or 39 without T5 where there is less room.
-`bench/gpu.sh` has it among its last sections. `UNIWORLD_BENCH_SIZE=tiny` is a dry run on any device.
+A checkpoint of random weights is written to the disk first, 48 GiB of it, or 39 without T5 where there is less room; on
+a CPU one of a small model. `bench/gpu.sh` has it among its last sections. `UNIWORLD_BENCH_SIZE=tiny` is a dry run.
 """
 
 import json
@@ -14,12 +15,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 
 import pytest
 import torch
 from deadline import Deadline
-from full_cases import FULL, TOY, Case, noise_pictures
+from full_cases import FULL, SMALL, TOY, Case, noise_pictures
 from full_model import random_uniworld, write_tokenizers
 from full_requests import PROMPT, parts
 from peers import MISSING
@@ -34,34 +37,35 @@ from uniworld.checkpoint.save import save_module, save_uniworld, with_prefix, wr
 from uniworld.models.unified import UniWorld
 
 CUDA = torch.cuda.is_available()
-SCALE = TOY if os.environ.get("UNIWORLD_BENCH_SIZE") == "tiny" else FULL
+SCALE = TOY if os.environ.get("UNIWORLD_BENCH_SIZE") == "tiny" else FULL if CUDA else SMALL
 DEVICE, DTYPE = ("cuda" if CUDA else "cpu"), (torch.bfloat16 if CUDA else torch.float32)
 CASE = SCALE.request_cases[0]
-MIN_ROUNDS, MAX_ROUNDS = 2, 9  # as many as the time allows, after the first
+MAX_ROUNDS = 9  # of both ways; as many as the time allows, and one at least
 SPARE_BYTES = 2 * 2**30
 VAE_STEM = "diffusion_pytorch_model"
 # What the new process runs: it prints seconds of its imports, of loading and of the request.
 DRAW = """
 import json, sys, time
 start = time.perf_counter()
-from uniworld.engine import Engine
+from uniworld.engine import Engine, Request
+from uniworld.models.images import read_image
 imported = time.perf_counter()
 given = json.loads(sys.argv[1])
-engine = Engine.from_pretrained(given["model"], device=given["device"], dtype=given["dtype"], progress=False)
+pictures = tuple(read_image(path) for path in given["pictures"])
+first = Request(prompt=given["prompt"], images=pictures, **given["settings"]) if given["meanwhile"] else None
+where = {"device": given["device"], "dtype": given["dtype"]}
+engine = Engine.from_pretrained(given["model"], **where, progress=False, first_request=first)
 loaded = time.perf_counter()
-engine.edit(given["pictures"], given["prompt"], **given["settings"]).images[0].save(given["out"])
+engine.edit(pictures, given["prompt"], **given["settings"]).images[0].save(given["out"])
 print(json.dumps({"import": imported - start, "load": loaded - imported, "draw": time.perf_counter() - loaded}))
 """
 
-pytestmark = pytest.mark.skipif(
-    SCALE is FULL and not CUDA, reason="full size needs a CUDA device (UNIWORLD_BENCH_SIZE=tiny)"
-)
-SIDES = ("ours, nothing compiled yet", "ours")  # the first process, and those after it
+FIRST, DURING, AFTER = SIDES = "ours, nothing compiled yet", "ours", "ours, encoding after loading"
 
 
 @pytest.fixture(scope="module")
-def measured() -> tuple[dict[str, Samples], dict] | str:
-    """Samples of each side and what goes with them; or why there are none."""
+def measured() -> tuple[dict[str, "Draws"], dict] | str:
+    """What each side took and what goes with all of them; or why there is nothing."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         model = random_uniworld(SCALE.size, DEVICE, DTYPE, use_t5=True)
@@ -73,9 +77,8 @@ def measured() -> tuple[dict[str, Samples], dict] | str:
         write_checkpoint(model, folder / "model")
         del model
         free()
-        *samples, parts_s = first_pictures(folder)
-    more = {"parts_s": parts_s, "weights_gib": num_bytes / 2**30, "t5": has_t5, "steps": SCALE.num_steps}
-    return dict(zip(SIDES, samples)), more
+        drawn = first_pictures(folder)
+    return drawn, {"weights_gib": num_bytes / 2**30, "t5": has_t5, "steps": SCALE.num_steps}
 
 
 @pytest.mark.parametrize("side", SIDES)
@@ -84,8 +87,8 @@ def test_cold_start(side, measured, report, report_missing):
     if isinstance(measured, str):
         report_missing(SCALE.bench, name, side, DTYPE, measured)
         pytest.skip(measured)
-    samples, more = measured
-    report(SCALE.bench, name, side, DTYPE, samples[side], **more)
+    drawn, more = measured
+    report(SCALE.bench, name, side, DTYPE, drawn[side].whole, parts_s=drawn[side].parts_s, **more)
 
 
 def write_checkpoint(model: UniWorld, folder: Path) -> None:
@@ -117,30 +120,43 @@ def named(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, torch.Tens
         yield with_prefix(name, prefix), parameter.detach()
 
 
-def first_pictures(folder: Path, case: Case = CASE) -> tuple[Samples, Samples, dict[str, float]]:
-    """Seconds from the start of a process until its picture is written and it has ended, of the first one and of those
-    after it; and the first one's of imports, loading and request."""
+@dataclass
+class Draws:
+    """Seconds from the start of a process until its picture is written and it has ended; and of its parts."""
+
+    whole: Samples = field(default_factory=lambda: Samples("wall clock of a process"))
+    parts: list[dict[str, float]] = field(default_factory=list)
+
+    @property
+    def parts_s(self) -> dict[str, float]:
+        """Medians of importing, of loading and of the request."""
+        return {name: median(parts[name] for parts in self.parts) for name in self.parts[0]}
+
+
+def first_pictures(folder: Path, case: Case = CASE) -> dict[str, Draws]:
+    """What each of `SIDES` takes: a process that finds nothing compiled, then pairs of both ways as time allows."""
     noise_pictures(1)[0].save(folder / "reference.png")
     given = {"model": str(folder / "model"), "device": DEVICE, "dtype": str(DTYPE).removeprefix("torch.")}
     given |= {"pictures": [str(folder / "reference.png")], "prompt": PROMPT, "out": str(folder / "picture.png")}
     size = {"height": case.size_px, "width": case.size_px}
     given["settings"] = {**size, "num_inference_steps": SCALE.num_steps, "seed": 7}
     env, deadline = os.environ | {"TRITON_CACHE_DIR": str(folder / "triton")}, Deadline()
+    drawn = {side: Draws() for side in SIDES}
 
-    def draw() -> tuple[float, dict[str, float]]:
-        command = [sys.executable, "-c", DRAW, json.dumps(given)]
+    def draw(side: str) -> None:
+        command = [sys.executable, "-c", DRAW, json.dumps(given | {"meanwhile": side != AFTER})]
         start = time.perf_counter()
         done = subprocess.run(command, capture_output=True, text=True, env=env)
         seconds = time.perf_counter() - start
         if done.returncode:
             raise RuntimeError(done.stderr[-2000:])
-        return seconds, json.loads(done.stdout.splitlines()[-1])
+        drawn[side].whole.seconds.append(seconds)
+        drawn[side].parts.append(json.loads(done.stdout.splitlines()[-1]))
 
-    seconds, parts_s = draw()
-    method = "wall clock of a process"
-    first, later = Samples(method, seconds=[seconds]), Samples(method)
-    while len(later.seconds) < MAX_ROUNDS:
-        if len(later.seconds) >= MIN_ROUNDS and deadline.left_s < 1.5 * max(later.seconds):
+    draw(FIRST)
+    for i in range(MAX_ROUNDS):
+        if i and deadline.left_s < 1.5 * sum(max(drawn[side].whole.seconds) for side in (DURING, AFTER)):
             break
-        later.seconds.append(draw()[0])
-    return first, later, parts_s
+        for side in (DURING, AFTER) if i % 2 == 0 else (AFTER, DURING):
+            draw(side)
+    return drawn

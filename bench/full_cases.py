@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 import torch
-from full_model import FULL_SIZE, TINY_SIZE, Size
+from full_model import FULL_SIZE, SMALL_SIZE, TINY_SIZE, Size
 from PIL import Image
 from torch import Tensor
 
@@ -87,6 +87,7 @@ class Scale:
 
 
 FULL = Scale("full_scale", FULL_SIZE, sides_px=(1024, 512), batches=(4, 8), num_steps=28, overhead_steps=8)
+SMALL = Scale("cold_start", SMALL_SIZE, sides_px=(256,), batches=(), num_steps=4, overhead_steps=2)
 TOY = Scale("full_scale_dry_run", TINY_SIZE, (128,), batches=(2,), num_steps=4, overhead_steps=2, shrink=16, gemm=256)
 
 

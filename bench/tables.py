@@ -256,6 +256,14 @@ def load_table(rows: list[Row]) -> str:
     return table(header, lines)
 
 
+def cold_start_table(rows: list[Row]) -> str:
+    header = ("case, dtype", "side", "median, s", "best, s", "importing, s", "loading, s", "drawing, s")
+    lines = [
+        (*timing_cells(row), *(f"{row['parts_s'][part]:.3f}" for part in ("import", "load", "draw"))) for row in rows
+    ]
+    return table(header, lines)
+
+
 def counts_step_table(rows: list[Row]) -> str:
     header = ("step", "side", "kernels", "of diffusers'", "TFLOPs", "of F(S)", "GB read and written")
     lines = [
@@ -307,6 +315,7 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "alone": alone_table,
     "decode": decode_table,
     "load": load_table,
+    "cold_start": cold_start_table,
     "tiny": tiny_table,
     "counts_step": counts_step_table,
     "counts_ops": counts_ops_table,

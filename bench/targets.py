@@ -18,6 +18,7 @@ STAGE2_GIB = 80e9 / 2**30
 # Ops whose every value is computed from its own place alone, or from its row.
 ELEMENTWISE = ("adaln_modulate", "gate_residual", "qk_norm_rope", "quantize_rows", "flow_noise", "flow_step")
 SINGLE = "step, "  # cases of one step
+SLOWER_START = "ours, encoding after loading"  # what the engine's own way is held against
 
 
 @dataclass(frozen=True)
@@ -84,11 +85,12 @@ def _of_copying(rows: list[Row]) -> Iterator[tuple[float, str]]:
             yield row["of_ceiling"], f"{row['case']}, {row['dtype']}"
 
 
-def _seconds(start: str, scale: float = 1.0) -> Callable[[list[Row]], Iterator[tuple[float, str]]]:
+def _seconds(start: str, scale: float = 1.0, without: str = "") -> Callable[[list[Row]], Iterator[tuple[float, str]]]:
     def values(rows: list[Row]) -> Iterator[tuple[float, str]]:
         for case, sides in _cases(rows, start):
             for side, row in sides.items():
-                yield row["median_s"] * scale, f"{case}, {side}"
+                if side != without:
+                    yield row["median_s"] * scale, f"{case}, {side}"
 
     return values
 
@@ -112,7 +114,7 @@ TARGETS = (
     Target("fp8 step against our bf16", 1.35, True, "{:.2f}x", _faster(FP8, BF16)),
     Target("elementwise ops and EMA, of copying", 0.85, True, "{:.2f}", _of_copying),
     Target("a request outside of its models", 5.0, False, "{:.1f} ms", _seconds("request outside", 1e3)),
-    Target("cold start to the first picture", 30.0, False, "{:.1f} s", _seconds("cold start")),
+    Target("cold start to the first picture", 30.0, False, "{:.1f} s", _seconds("cold start", without=SLOWER_START)),
     Target("training steps against the plain ones", 1.5, True, "{:.2f}x", _training),
     Target("stage 2 at full depth on one GPU of 80 GB", STAGE2_GIB, False, "{:.1f} GiB", _stage2_memory),
 )

@@ -72,6 +72,13 @@ class Conditioner:
             if job.negative_inputs is not None:
                 job.negative = self._cached(negative_request(job.request), job.negative_inputs, None)
 
+    @torch.inference_mode()
+    def prepare(self, request: Request) -> None:
+        """Keep a request's conditioning, and that of its negative prompt, for when it comes."""
+        self._cached(request, self.tokenize(request), None)
+        if (negative_inputs := self.tokenize_negative(request)) is not None:
+            self._cached(negative_request(request), negative_inputs, None)
+
     def draw_probability(self, reading: Reading) -> float:
         """What the task head says of the state of the last "assistant" token: the probability of drawing."""
         if self.model.task_head is None:

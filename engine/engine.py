@@ -12,6 +12,7 @@ from PIL import Image
 from torch.distributed import ProcessGroup
 
 from uniworld.checkpoint.precision import default_device
+from uniworld.engine.cache import ConditioningCache
 from uniworld.engine.chat import ChatReply, parse_messages
 from uniworld.engine.compiled import compile_blocks, warm_up
 from uniworld.engine.conditioner import Conditioner
@@ -54,6 +55,7 @@ class Engine(LoraMethods):
         sequence_parallel: ProcessGroup | None = None,
         offload: str | OffloadChoice | None = None,
         errors: StepErrors | None = None,
+        conditionings: ConditioningCache | None = None,
         progress: bool = False,
     ):
         """Make an engine of a loaded model.
@@ -65,6 +67,7 @@ class Engine(LoraMethods):
             compile, sequence_parallel: as for `from_pretrained`. progress: say on stderr how long compiling took.
             offload: a level as for `from_pretrained`; the model is then the engine's alone.
             errors: the measure of the steps' errors, which gives `Result.step_errors`.
+            conditionings: what has been encoded already.
         """
         self.model = model
         self.offload = offload if isinstance(offload, OffloadChoice) else OffloadChoice(offload)
@@ -78,7 +81,7 @@ class Engine(LoraMethods):
             denoiser.attention_backend = self.attention
         self.scheduler = Scheduler(max_batch_size)
         self._unclaimed: dict[int, Result] = {}  # of submitted requests, finished in the batches of a `run`
-        self.conditioner = Conditioner(model, parts=self._parts)
+        self.conditioner = Conditioner(model, conditionings, self._parts)
         self.parallel = None if sequence_parallel is None else ParallelFlux(model.denoiser, sequence_parallel)
         graphs = graphs_for_engine(
             cuda_graphs,
@@ -116,6 +119,7 @@ class Engine(LoraMethods):
         quantize_exclude: Sequence[str] = (),
         report_error: bool = False,
         offload: str | None = None,
+        first_request: Request | None = None,
     ) -> "Engine":
         """Load a model and make an engine of it.
 
@@ -137,6 +141,8 @@ class Engine(LoraMethods):
                 with `quantize`, which keeps those blocks too, without it of the steps of requests with a step cache.
             offload: "modulation", "parts" or "cpu": what waits in host memory, see `uniworld.engine.offload`; "auto":
                 the least of them that fits the memory that is free, and `Result.offload` says which and why.
+            first_request: what will be asked first, encoded while the DiT's weights are read; those that it shares
+                words and pictures with find it encoded. Without effect where encoders wait in host memory.
         """
         on = default_device() if device is None else torch.device(device)
         graphs_for_engine(  # raises before anything is loaded
@@ -159,6 +165,7 @@ class Engine(LoraMethods):
             quantize_exclude=quantize_exclude,
             report_error=report_error,
             offload=offload,
+            first_request=first_request,
         )
         return cls(
             loaded.model,
@@ -169,6 +176,7 @@ class Engine(LoraMethods):
             sequence_parallel=sequence_parallel,
             offload=loaded.offload,
             errors=loaded.errors,
+            conditionings=loaded.conditionings,
             progress=progress,
         )
 

@@ -94,8 +94,9 @@ def fake(monkeypatch):
     engine = FakeEngine()
     engine.loads = []
 
-    def load(options, use_t5, report):
+    def load(options, use_t5, report, first=None):
         engine.loads.append((options, use_t5))
+        engine.first = first
         return engine, 0.25
 
     monkeypatch.setattr(cli_draw, "load_engine", load)
@@ -323,6 +324,9 @@ def test_options_reach_the_engine(run, fake):
         "cache_interval": 4,
         "cache_order": 2,
     }
+    from uniworld.engine import Request
+
+    assert fake.first == Request(prompt=prompt, images=tuple(images), **settings)
     options, use_t5 = fake.loads[0]
     assert use_t5 is False
     assert vars(options) == {

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from uniworld.cli_draw import (
-    check_request,
+    checked_request,
     load_engine,
     note_random_weights,
     plain_warnings,
@@ -67,7 +67,7 @@ def chat(
     console = stderr_console(report)
     with plain_warnings(console):
         images = [read_image(path) for path in paths]
-        check_request(message or "", images, settings)
+        checked_request(message or "", images, settings)
         engine, load_s = load_engine(load, drawing.t5, report)
         note_random_weights(engine, CHAT_NOTE)
         if report.verbose:

@@ -26,7 +26,7 @@ from uniworld.cli_options import DrawOptions, LoadOptions, ReportOptions, parse_
 if TYPE_CHECKING:
     from PIL import Image
 
-    from uniworld.engine import Engine, Result, StepInfo
+    from uniworld.engine import Engine, Request, Result, StepInfo
 
 NOISE_NOTE = (
     "note: the weights of model {model!r} are random, nothing was trained: "
@@ -102,8 +102,8 @@ def _draw_to_file(
     console = stderr_console(report)
     with plain_warnings(console):
         images = [read_image(path) for path in paths]
-        check_request(prompt, images, settings)
-        engine, load_s = load_engine(load, drawing.t5, report)
+        first = checked_request(prompt, images, settings)
+        engine, load_s = load_engine(load, drawing.t5, report, first)
         if writes:
             note_random_weights(engine, NOISE_NOTE)
         with step_progress(console) as on_step:
@@ -123,12 +123,12 @@ def stderr_console(report: ReportOptions) -> Console:
     return Console(stderr=True, quiet=report.quiet, highlight=False, soft_wrap=True)
 
 
-def check_request(prompt: str, images: Sequence["Image.Image"], settings: dict[str, Any]) -> None:
-    """Raise the ValueError that the engine would raise, before a model is loaded, in terms of our options."""
+def checked_request(prompt: str, images: Sequence["Image.Image"], settings: dict[str, Any]) -> "Request":
+    """The request; or, in terms of our options, the ValueError that the engine would raise once a model is loaded."""
     from uniworld.engine import Request
 
     try:
-        Request(prompt=prompt, images=tuple(images), **settings)
+        return Request(prompt=prompt, images=tuple(images), **settings)
     except ValueError as error:
         field, equals, rest = str(error).partition("=")
         if equals and field in OPTION_OF_FIELD:
@@ -136,8 +136,10 @@ def check_request(prompt: str, images: Sequence["Image.Image"], settings: dict[s
         raise
 
 
-def load_engine(load: LoadOptions, use_t5: bool | None, report: ReportOptions) -> tuple["Engine", float]:
-    """The engine that the options ask for, and the seconds it took to load."""
+def load_engine(
+    load: LoadOptions, use_t5: bool | None, report: ReportOptions, first: "Request | None" = None
+) -> tuple["Engine", float]:
+    """The engine that the options ask for, and the seconds it took to load, and to encode the `first` request in."""
     import torch
 
     from uniworld.checkpoint.lora_files import find_file
@@ -171,6 +173,7 @@ def load_engine(load: LoadOptions, use_t5: bool | None, report: ReportOptions) -
         quantize_exclude=load.quantize_exclude or (),
         report_error=load.report_error,
         offload=load.offload,
+        first_request=first,
     )
     for file, (path, scale) in zip(files, loras):
         engine.load_lora(file, name=path, scale=scale)

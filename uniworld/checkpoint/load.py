@@ -23,12 +23,12 @@ from uniworld.checkpoint.build import (
     univa_plan,
 )
 from uniworld.checkpoint.connector_files import override_connectors
-from uniworld.checkpoint.names import CONNECTORS, TOWER_PREFIX
+from uniworld.checkpoint.names import CONNECTORS, DENOISER, TOWER_PREFIX
 from uniworld.checkpoint.precision import checked_dtype, default_device, default_dtype, vae_dtype
 from uniworld.checkpoint.progress import byte_progress
 from uniworld.checkpoint.save import TASK_HEAD_FILE
 from uniworld.checkpoint.tiny import tiny_dir
-from uniworld.checkpoint.weights import Plan, fill, parameters_on_meta, read_headers
+from uniworld.checkpoint.weights import Plan, fill, filling, parameters_on_meta, read_headers
 from uniworld.checkpoint.widths import check_widths
 from uniworld.models.connectors import Connector
 from uniworld.models.flux import FluxTransformer
@@ -113,6 +113,7 @@ def load_uniworld(
     use_t5: bool | None = None,
     connectors: str | Path | None = None,
     in_host: Collection[str] | Callable[[UniWorld], Collection[str]] = (),
+    meanwhile: Callable[[UniWorld], None] | None = None,
 ) -> UniWorld:
     """Load every part; parameters are frozen and modules in eval mode.
 
@@ -134,6 +135,7 @@ def load_uniworld(
             replace the checkpoint's.
         in_host: parts, as `UniWorld` names them, whose weights are left in host memory for who moves them himself; or
             what chooses them, called with the model while its parameters are on meta, of the dtype they will have.
+        meanwhile: called with the model once all but the DiT is there, while that is read.
 
     Raises:
         FileNotFoundError: a folder, file or shard is missing.
@@ -173,13 +175,21 @@ def load_uniworld(
         dtype=dtype,
     )
     _leave_in_host(made, parts, plans, in_host)
-    with byte_progress(f"Loading {model}", sum(plan.num_bytes for plan in plans), progress) as advance:
-        fill(plans, check_finite=check_finite, advance=advance)
     for part in parts.values():
         part.eval()
-    if connectors is not None:
-        own = {name: parts[name] for name in CONNECTORS if name in parts}
-        override_connectors(own, Path(connectors), check_finite)
+    univa, *encoders = plans
+    conditioning, dit = univa.split(parts[DENOISER])
+    with byte_progress(f"Loading {model}", sum(plan.num_bytes for plan in plans), progress) as advance:
+        read = {"check_finite": check_finite, "advance": advance}
+        fill([conditioning, *encoders], **read)
+        if connectors is not None:
+            own = {name: parts[name] for name in CONNECTORS if name in parts}
+            override_connectors(own, Path(connectors), check_finite)
+        if meanwhile is None:
+            fill([dit], **read)
+        else:
+            with filling([dit], **read):
+                meanwhile(made)
     return made
 
 

@@ -7,9 +7,10 @@ weight is read; then each tensor goes straight from the mapped file to its devic
 import contextlib
 import math
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -71,6 +72,16 @@ class Plan:
     @property
     def num_bytes(self) -> int:
         return sum(h.num_bytes for h in self.headers.values())
+
+    def split(self, part: nn.Module) -> tuple["Plan", "Plan"]:
+        """This plan without the targets in `part`, and those alone."""
+        inside = {name for name, target in self.targets.items() if target.module is part}
+        halves = []
+        for names in (self.targets.keys() - inside, inside):
+            headers = {name: header for name, header in self.headers.items() if name in names}
+            targets = {name: target for name, target in self.targets.items() if name in names}
+            halves.append(replace(self, headers=headers, targets=targets))
+        return halves[0], halves[1]
 
     def names_by_file(self) -> dict[Path, list[str]]:
         """Names of the tensors in the order in which they lie in each file."""
@@ -183,6 +194,32 @@ def fill(plans: list[Plan], *, check_finite: bool = False, advance: Callable[[in
                 advance(num_bytes)
             for module in {id(t.module): t.module for t in plan.targets.values()}.values():
                 move_buffers(module, plan.device_of(module))
+
+
+class _Stopped(Exception):
+    """Ends a reading that nobody waits for any more."""
+
+
+@contextlib.contextmanager
+def filling(
+    plans: list[Plan], *, check_finite: bool = False, advance: Callable[[int], None] = lambda _: None
+) -> Iterator[None]:
+    """`fill` by a thread of its own while the body runs. Leaving waits for it; an error of the body ends it soon."""
+    stopped = threading.Event()
+
+    def go_on(num_bytes: int) -> None:
+        if stopped.is_set():
+            raise _Stopped
+        advance(num_bytes)
+
+    with ThreadPoolExecutor(1) as background:
+        filled = background.submit(fill, plans, check_finite=check_finite, advance=go_on)
+        try:
+            yield
+            filled.result()
+        except BaseException:
+            stopped.set()
+            raise
 
 
 def _read(plan: Plan, readers: ThreadPoolExecutor, check_finite: bool) -> Iterator[int]:
