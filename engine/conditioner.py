@@ -72,6 +72,11 @@ class Conditioner:
             if job.negative_inputs is not None:
                 job.negative = self._cached(negative_request(job.request), job.negative_inputs, None)
 
+    def check(self, request: Request) -> None:
+        """Raise the ValueError of a request that cannot be encoded; needs no weights."""
+        self.tokenize(request)
+        self.tokenize_negative(request)
+
     @torch.inference_mode()
     def prepare(self, request: Request) -> None:
         """Keep a request's conditioning, and that of its negative prompt, for when it comes."""

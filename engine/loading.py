@@ -54,6 +54,8 @@ def load_for_engine(
 
     def in_host(made: UniWorld) -> set[str]:
         nonlocal choice
+        if first_request is not None:  # what is wrong with it is said before a weight is read
+            Conditioner(made).check(first_request)
         if offload == AUTO:
             settings = {"quantize_exclude": quantize_exclude, "report_error": report_error}
             choice = choose_offload(made, quantize=quantize, **settings)

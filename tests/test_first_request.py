@@ -1,6 +1,7 @@
 """The first request is encoded while the DiT's weights are read."""
 
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from uniworld.checkpoint.save import save_uniworld
 from uniworld.checkpoint.tiny import random_tiny_dir
 from uniworld.engine import Engine, Request
 from uniworld.engine.conditioner import Conditioner
+from uniworld.models.prompts import MAX_TOKENS
 
 WAIT_S = 30
 PICTURE = Image.effect_noise((64, 48), 80).convert("RGB")
@@ -83,7 +85,15 @@ def test_encoders_in_host_memory_wait_for_the_request(reads, settings):
     assert reads == [True, True]
 
 
-def test_a_wrong_request_is_told_while_loading_and_ends_the_reading(monkeypatch):
+@pytest.mark.parametrize("field", ["prompt", "negative_prompt"])
+def test_a_prompt_that_is_too_long_is_told_before_any_weight_is_read(monkeypatch, field):
+    monkeypatch.setattr(weights, "_fill_one", lambda *_: pytest.fail("a weight was read"))
+    request = replace(REQUEST, **{field: "cat " * MAX_TOKENS})
+    with pytest.raises(ValueError, match=f"^{field}: .* tokens with its images, at most {MAX_TOKENS} are allowed"):
+        Engine.from_pretrained(str(random_tiny_dir()), device="cpu", progress=False, first_request=request)
+
+
+def test_an_error_while_encoding_ends_the_reading(monkeypatch):
     before, read = threading.active_count(), []
     monkeypatch.setattr(weights, "MAX_READERS", 1)
     fill_one, failed = weights._fill_one, threading.Event()
