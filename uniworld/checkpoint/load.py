@@ -23,7 +23,7 @@ from uniworld.checkpoint.build import (
     univa_plan,
 )
 from uniworld.checkpoint.connector_files import override_connectors
-from uniworld.checkpoint.names import CONNECTORS, DENOISER, TOWER_PREFIX
+from uniworld.checkpoint.names import CONNECTORS, TOWER_PREFIX
 from uniworld.checkpoint.precision import checked_dtype, default_device, default_dtype, vae_dtype
 from uniworld.checkpoint.progress import byte_progress
 from uniworld.checkpoint.save import TASK_HEAD_FILE
@@ -177,20 +177,30 @@ def load_uniworld(
     _leave_in_host(made, parts, plans, in_host)
     for part in parts.values():
         part.eval()
-    univa, *encoders = plans
-    conditioning, dit = univa.split(parts[DENOISER])
     with byte_progress(f"Loading {model}", sum(plan.num_bytes for plan in plans), progress) as advance:
-        read = {"check_finite": check_finite, "advance": advance}
-        fill([conditioning, *encoders], **read)
-        if connectors is not None:
-            own = {name: parts[name] for name in CONNECTORS if name in parts}
-            override_connectors(own, Path(connectors), check_finite)
-        if meanwhile is None:
-            fill([dit], **read)
-        else:
-            with filling([dit], **read):
-                meanwhile(made)
+        _read_all(made, plans, connectors, meanwhile, check_finite=check_finite, advance=advance)
     return made
+
+
+def _read_all(
+    made: UniWorld,
+    plans: Sequence[Plan],
+    connectors: str | Path | None,
+    meanwhile: Callable[[UniWorld], None] | None,
+    **read: Any,
+) -> None:
+    """Fill the plans, the DiT's last; the arguments of `load_uniworld`, and those of `fill`."""
+    univa, *encoders = plans
+    first, dit = univa.split(made.denoiser)
+    fill([first, *encoders], **read)
+    if connectors is not None:
+        own = {name: part for name in CONNECTORS if (part := getattr(made, name)) is not None}
+        override_connectors(own, Path(connectors), read["check_finite"])
+    if meanwhile is None:
+        fill([dit], **read)
+        return
+    with filling([dit], **read):
+        meanwhile(made)
 
 
 def drawing_defaults(config: dict[str, Any], folder: Path) -> dict[str, Any]:
