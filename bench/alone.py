@@ -11,7 +11,7 @@ import functools
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from unittest import mock
 
@@ -32,7 +32,7 @@ from uniworld.kernels.linear import linear
 from uniworld.kernels.registry import load_ops
 from uniworld.models.blocks import AttentionPlan, Linear, SingleBlock
 from uniworld.models.flux import FluxConfig, FluxTransformer
-from uniworld.models.quantized import Normed, linear_of_both, linear_of_pair
+from uniworld.models.quantized import linear_of_pair
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DRY_RUN = os.environ.get("UNIWORLD_BENCH_SIZE") == "tiny"
@@ -176,16 +176,9 @@ def attention(model: FluxTransformer, backend: str) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def two_products() -> Iterator[None]:
+def two_products() -> AbstractContextManager:
     """One product for q, k and v of a single block and one for its MLP, of weights that lie together."""
-
-    def forward(block: SingleBlock, normed: Normed, plan: AttentionPlan) -> Tensor:
-        attended = block.attn(block.attn.to_qkv(normed), plan)
-        return linear_of_both(attended, block.proj_mlp, normed, block.proj_out)
-
-    with mock.patch.object(SingleBlock, "forward", forward):
-        yield
+    return mock.patch.object(SingleBlock, "forward", SingleBlock.forward_apart)
 
 
 def call_of(request: Request, variant: Variant, device: str) -> Call:

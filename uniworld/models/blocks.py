@@ -268,7 +268,11 @@ class SingleBlock(nn.Module):
     def forward(self, normed: Normed, plan: AttentionPlan) -> Tensor:
         """Normalized joint sequence [B, S, D] -> the block's update [B, S, D]; the caller adds `gate * update`."""
         if self.joint is None or not takes_fp8(*self.readers):  # LoRA may stand beside one of them
-            attended = self.attn(self.attn.to_qkv(normed), plan)
-            return linear_of_both(attended, self.proj_mlp, normed, self.proj_out)
+            return self.forward_apart(normed, plan)
         qkv, hidden = self.joint(normed).split([reader.out_features for reader in self.readers], dim=-1)
         return linear_with_gelu(self.attn(qkv, plan), hidden, self.proj_out)
+
+    def forward_apart(self, normed: Normed, plan: AttentionPlan) -> Tensor:
+        """`forward` with a product of each of the `readers`."""
+        attended = self.attn(self.attn.to_qkv(normed), plan)
+        return linear_of_both(attended, self.proj_mlp, normed, self.proj_out)
