@@ -42,12 +42,13 @@ def test_the_semantic_encoder_learns_which_caption_is_whose(words, parts, tmp_pa
     assert logged[-1]["psnr_db"] > logged[0]["psnr_db"] + 3
     assert logged[-1]["background_right"] == 1 and logged[-1]["style_right"] == 1, logged[-1]
     assert logged[-1]["place_right"] > 2 * logged[0]["place_right"], logged[-1]
-    assert logged[-1]["latents_error"] < 0.5 * logged[0]["latents_error"], logged[-1]
+    for name in ("latents_error", "alone_error", "cover_error"):
+        assert logged[-1][name] < 0.5 * logged[0][name], logged[-1]
     scores = part.score()
     assert scores["found"] < 0.5  # of pictures it has not seen: 1 of 32 by chance
-    assert set(scores) == {"found", "psnr_db", "place_right", "surface_error", "latents_error", "things_error"} | {
-        f"{name}_right" for name in (*dense.OF_A_THING, *dense.OF_A_SCENE)
-    }
+    errors = {f"{name}_error" for name in ("surface", "latents", "things", "alone", "cover")}
+    rights = {f"{name}_right" for name in ("place", *dense.OF_A_THING, *dense.OF_A_SCENE)}
+    assert set(scores) == {"found", "psnr_db"} | errors | rights
     part.export(tmp_path)
     settings = [json.loads((tmp_path / name).read_text()) for name in ("config.json", "preprocessor_config.json")]
     encoder = SemanticEncoder.from_config(*settings)
@@ -69,6 +70,8 @@ def test_sigmoid_loss_is_siglips():
     batch = {
         "levels": torch.randint(256, (3, 128, 128, 3), dtype=torch.uint8),
         "latents": torch.zeros(3, 64, 64),
+        "alone_latents": torch.zeros(3, 64, 64),
+        "cover": torch.full((3, 64, 64), 8, dtype=torch.uint8),
         "ids": torch.randint(50, (3, 7)),
         "mask": torch.ones(3, 7, dtype=torch.bool),
         **dense.dense_labels([make_item("t2i", seed, size_px=64).scenes[0] for seed in range(3)], 32),

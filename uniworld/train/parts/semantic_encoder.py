@@ -2,9 +2,10 @@
 
 The loss is SigLIP's (Zhai et al., 2023, equation 1): every pair of picture and caption in the batch is a yes-or-no
 question. SigLIP2 adds losses on single patches, so that its states hold detail; here each patch's state must give back
-its pixels at half resolution, the image autoencoder's latents of it, what its points show (`dense`), and which patch it
-is, through one linear layer each: the DiT draws those latents from these states, to which it gives no positions. The
-latents of things count more. The text tower and those layers are thrown away.
+its pixels at half resolution, the image autoencoder's latents of it, what its points show (`dense`), which patch it is,
+and where its things end and what they look like alone (`cutouts`), through one linear layer each: the DiT draws those
+latents from these states, to which it gives no positions. The latents of things count more. The text tower and those
+layers are thrown away.
 
 Letters: B pictures, T patches of one, L tokens of a caption, D width, E width of the common space, V vocabulary.
 """
@@ -27,6 +28,7 @@ from uniworld.models.siglip import SemanticEncoder
 from uniworld.models.tokenizers import load_tokenizer
 from uniworld.train.parts.attention import use_fast_attention
 from uniworld.train.parts.config import PartConfig
+from uniworld.train.parts.cutouts import CutoutHead, alone, cover_labels
 from uniworld.train.parts.dense import NOTHING, DenseHead, PlaceHead, dense_labels
 from uniworld.train.parts.kept import KeptItems
 from uniworld.train.parts.sizes import DENOISER, SIGLIP, SIGLIP_PREPROCESSOR
@@ -78,6 +80,7 @@ class TwoTowers(nn.Module):
         self.project = nn.Linear(dim, EMBEDDING)
         self.pixels = nn.Linear(dim, 3 * (patch // 2) ** 2)
         self.latents = nn.Linear(dim, DENOISER["in_channels"])
+        self.cutouts = CutoutHead(dim, DENOISER["in_channels"])
         self.dense = DenseHead(dim, POINTS_PER_SIDE)
         self.place = PlaceHead(dim, (SIGLIP["image_size"] // patch) ** 2)
         self.log_scale = nn.Parameter(torch.tensor(FIRST_SCALE).log())
@@ -113,8 +116,8 @@ class Contrastive:
         self.items = KeptItems(config.num_items)
 
     def make(self, seeds: range) -> dict[str, Any]:
-        """levels uint8 [B, H, W, 3]; latents fp16 [B, T, C]; ids and mask [B, MAX_TOKENS] of a caption of each picture;
-        the labels of `dense`."""
+        """levels uint8 [B, H, W, 3]; latents fp16 [B, T, C], and those of the things alone; ids and mask
+        [B, MAX_TOKENS] of a caption of each picture; the labels of `cutouts` and `dense`."""
         return self.items.take(seeds, self._batch)
 
     def loss(self, batch: dict[str, Any], generator: torch.Generator) -> tuple[Tensor, dict[str, float | Tensor]]:
@@ -131,13 +134,14 @@ class Contrastive:
         more = {"contrastive": contrastive.detach(), "psnr_db": psnr(squared.detach()), "found": found, **right}
         place, more["place_right"] = module.place(states)
         latents, errors = self._read_latents(states, batch)
+        cutouts, read = module.cutouts(states, batch["alone_latents"], batch["cover"])
         loss = contrastive + RECONSTRUCTION_WEIGHT * squared + LATENTS_WEIGHT * latents + dense + PLACE_WEIGHT * place
-        return loss, more | errors
+        return loss + cutouts, more | errors | read
 
     @torch.no_grad()
     def score(self) -> dict[str, float]:
         """Of 32 held-out captions, how often a picture's own is the nearest; PSNR of the patches' pixels; the errors of
-        the latents; and how often what a point shows is read rightly."""
+        the latents and of what things cover; and how often what a point shows is read rightly."""
         found, squares, rights = [], [], []
         for start in range(0, self.config.num_checked, SCORED_AT_ONCE):
             batch = self._batch(range(start, start + SCORED_AT_ONCE), "held-out")
@@ -148,6 +152,7 @@ class Contrastive:
             found.append((nearest == torch.arange(SCORED_AT_ONCE)).float().mean())
             squares.append((self.module.pixels(states) - patches(pixels)).square().mean())
             read = self.module.dense(states, batch)[1] | self._read_latents(states, batch)[1]
+            read |= self.module.cutouts(states, batch["alone_latents"], batch["cover"])[1]
             rights.append(read | {"place_right": self.module.place(states)[1]})
         read = {name: float(torch.stack([right[name] for right in rights]).mean()) for name in rights[0]}
         return {"found": float(torch.stack(found).mean()), "psnr_db": float(psnr(torch.stack(squares).mean())), **read}
@@ -192,10 +197,12 @@ class Contrastive:
             return_tensors="pt",
         )
         levels = torch.from_numpy(np.stack([item.pictures[-1] for item in items]))
-        points = POINTS_PER_SIDE * self.config.size_px // SIGLIP["patch_size"]
-        labels = dense_labels([item.scenes[-1] for item in items], points)
+        scenes, side = [item.scenes[-1] for item in items], self.config.size_px // SIGLIP["patch_size"]
+        cutouts = torch.from_numpy(np.stack([alone(scene, self.config.size_px) for scene in scenes]))
+        labels = dense_labels(scenes, POINTS_PER_SIDE * side) | {"cover": cover_labels(scenes, side)}
+        latents = {"latents": self._latents(levels), "alone_latents": self._latents(cutouts)}
         said = {"ids": tokens.input_ids, "mask": tokens.attention_mask.bool()}
-        return {"levels": levels, "latents": self._latents(levels), **said, **labels}
+        return {"levels": levels, **latents, **said, **labels}
 
     @torch.no_grad()
     def _latents(self, levels: Tensor) -> Tensor:
