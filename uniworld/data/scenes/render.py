@@ -53,8 +53,14 @@ def render(scene: Scene, size_px: int = 128) -> Rendered:
 
 def _on_white(image: np.ndarray, tables: solids.Tables, size_px: int) -> np.ndarray:
     """The things alone, without shadows, on white; at their edges by the share that they cover, 2x2 samples a pixel."""
-    covered = (geometry(tables, 2 * size_px)[0] > 0).reshape(size_px, 2, size_px, 2).sum((1, 3))[..., None]
+    covered = covered_samples(tables, size_px, 2)[..., None]
     return ((covered * image.astype(np.int64) + (4 - covered) * 255 + 2) // 4).astype(np.uint8)
+
+
+def covered_samples(tables: solids.Tables, num_cells: int, samples: int) -> np.ndarray:
+    """int64 [num_cells, num_cells]: how many of samples x samples points of every cell of the picture show a thing."""
+    there = geometry(tables, num_cells * samples)[0] > 0
+    return there.reshape(num_cells, samples, num_cells, samples).sum((1, 3))
 
 
 def fine_contours(scene: Scene, size_px: int, thick: bool) -> np.ndarray:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from uniworld.data.scenes import solids
 from uniworld.data.scenes.graph import PLAIN, Scene
-from uniworld.data.scenes.render import geometry, render
+from uniworld.data.scenes.render import covered_samples, render
 from uniworld.train.parts.dense import by_token
 
 CELLS_PER_SIDE = 8  # of a patch
@@ -35,11 +35,7 @@ def alone(scene: Scene, size_px: int) -> np.ndarray:
 def cover_labels(scenes: Sequence[Scene], patches_per_side: int) -> Tensor:
     """uint8 [B, T, cells]: how many of its SAMPLES_PER_SIDE^2 samples things cover of every cell of a patch."""
     cells = patches_per_side * CELLS_PER_SIDE
-    counts = []
-    for scene in scenes:
-        ids = geometry(solids.tables(scene), cells * SAMPLES_PER_SIDE)[0]
-        samples = (ids > 0).reshape(cells, SAMPLES_PER_SIDE, cells, SAMPLES_PER_SIDE)
-        counts.append(samples.sum((1, 3), dtype=np.uint8))
+    counts = [covered_samples(solids.tables(scene), cells, SAMPLES_PER_SIDE).astype(np.uint8) for scene in scenes]
     return by_token(torch.from_numpy(np.stack(counts))[..., None], CELLS_PER_SIDE)[..., 0]
 
 
