@@ -11,18 +11,19 @@ from dataclasses import replace
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from train_fakes import FLUX, small_batch, small_config, small_model
+from train_fakes import CHANNELS, FLUX, HEIGHT, WIDTH, small_batch, small_config, small_model
 
 from uniworld.config import TrainConfig, from_dict
 from uniworld.kernels import registry
 from uniworld.models.connectors import Connector
+from uniworld.models.flow import image_ids, pack, sigmas
 from uniworld.models.flux import FluxConfig, FluxTransformer
 from uniworld.train.flops import StepFlops, sample_tokens
 from uniworld.train.metrics import METRICS_FILE, Metrics, described, read_metrics
 from uniworld.train.model import TrainModel
 from uniworld.train.optim import learning_rate, make_optimizer
 from uniworld.train.stages import PRESETS, freeze_except
-from uniworld.train.step import draw, drop_t5, rank_generator, training_loss
+from uniworld.train.step import draw, drop_t5, rank_generator, rolls_out, training_loss
 
 
 def loss_and_gradients(config, batch):
@@ -78,6 +79,35 @@ def test_t5_states_are_dropped_on_all_ranks_at_once():
     assert drop_t5(batch, small_config(), 0, 0) is batch
     other = small_config(seed=1, data={"drop_t5_rate": 0.3})
     assert dropped != [drop_t5(batch, other, s, n).t5_states is None for s in range(300) for n in (0, 1)]
+
+
+def test_a_rollout_learns_the_last_of_two_sampling_steps():
+    config, batch = small_config(), small_batch(small_config(), 0, size=2)
+    model = small_model(config)
+    drawn = draw(batch, config.flow, torch.Generator().manual_seed(5))
+    levels = sigmas(2, batch.num_image_tokens)
+
+    def velocity(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        text, ids = model.condition(batch), image_ids(8 * HEIGHT, 8 * WIDTH)
+        level, guidance = sigma.expand(2), torch.full((2,), config.flow.guidance_scale)
+        return model.denoiser(x, text.txt, text.pooled, level, guidance, ids, text.lengths_if_padded)
+
+    x = pack(drawn.noise)
+    for sigma, following in zip(levels, levels[1:]):
+        x = x + (following - sigma) * velocity(x, sigma)
+    weight = pack(batch.region_weight.expand(2, CHANNELS, HEIGHT, WIDTH).contiguous())
+    wanted = (weight * (x - pack(drawn.latents)) ** 2).mean()
+    loss = training_loss(model, batch, config.flow, torch.Generator().manual_seed(5), rollout=True)
+    assert loss.item() == pytest.approx(wanted.item(), rel=1e-4)
+    loss.backward()
+    assert any(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
+
+
+def test_rollouts_are_a_share_of_the_batches_on_all_ranks_at_once():
+    config = small_config(flow={"rollout_share": 0.4})
+    rolled = [rolls_out(config, step, number) for step in range(300) for number in (0, 1)]
+    assert sum(rolled) / len(rolled) == pytest.approx(0.4, abs=0.06)
+    assert not any(rolls_out(small_config(), step, 0) for step in range(100))
 
 
 # --- optimizers and schedules

@@ -123,6 +123,8 @@ class FlowConfig:
     """Loss weight as a function of sigma."""
     guidance_scale: float = 1.0
     """Guidance embedding during training."""
+    rollout_share: float = 0.0
+    """Of the micro-batches, learned from what the model itself has drawn: the second of two sampling steps."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,7 +223,7 @@ BOUNDS = (
     ("seed model.num_queries data.num_workers optim.warmup_steps optim.clip_norm", 0, math.inf, "at least 0"),
     ("ema.update_after_step validation.every_steps", 0, math.inf, "at least 0"),
     ("data.focus_weight", 1, 1000, "from 1 to 1000"),
-    ("data.drop_prompt_rate data.drop_t5_rate data.max_bad_share ema.decay ema.min_decay", 0, 1, "from 0 to 1"),
+    ("data.drop_prompt_rate data.drop_t5_rate data.max_bad_share flow.rollout_share ema.decay ema.min_decay", 0, 1, "from 0 to 1"),
 )
 
 

@@ -101,6 +101,8 @@ def undone(edit: Edit, change: Change) -> Scene:
     before, after = edit.before, edit.after
     if change.kind == "extract":
         return before
+    if change.kind == "background":
+        return dataclasses.replace(after, background=before.background, seed=before.seed)
     if change.kind in WHOLE:
         return dataclasses.replace(after, **{change.kind: getattr(before, change.kind)})
     if change.kind == "add":

@@ -13,7 +13,7 @@ from uniworld.kernels.flow_noise import flow_noise
 from uniworld.kernels.region_mse import region_mse
 from uniworld.models.conditioning import Conditioning, assemble, layout_text
 from uniworld.models.connectors import Connector
-from uniworld.models.flow import LATENT_SCALE, image_ids, pack
+from uniworld.models.flow import LATENT_SCALE, image_ids, pack, unpack
 from uniworld.models.flux import FluxTransformer
 from uniworld.models.queries import LearnedQueries
 from uniworld.models.vlm import VLMStates
@@ -96,6 +96,7 @@ class TrainModel(nn.Module):
         sigma: Tensor,
         guidance_scale: float = 1.0,
         level_weight: Tensor | None = None,
+        rollout: bool = False,
     ) -> Tensor:
         """The weighted flow-matching loss.
 
@@ -103,10 +104,12 @@ class TrainModel(nn.Module):
             batch: on the model's device.
             latents, noise: [B, C, h, w] fp32; sigma: [B] fp32.
             level_weight: [B], weight of each sample's noise level, or None.
+            rollout: whether the noisy picture is the model's own, as in sampling, see `predict_from_own`.
 
         Returns: scalar fp32, the mean over valid latents of weight * (prediction - (noise - latents))^2.
         """
-        pred, target = self.predict(batch, latents, noise, sigma, guidance_scale)
+        predict = self.predict_from_own if rollout else self.predict
+        pred, target = predict(batch, latents, noise, sigma, guidance_scale)
         weight = combined_weight(batch.region_weight, level_weight, latents)
         valid = None if batch.valid is None else pack(batch.valid)
         return region_mse(pred, target, weight, valid)
@@ -135,6 +138,25 @@ class TrainModel(nn.Module):
             conditioning.lengths_if_padded,
         )
         return pred, target
+
+    def predict_from_own(
+        self, batch: EncodedBatch, latents: Tensor, noise: Tensor, sigma: Tensor, guidance_scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """As `predict`, of a sampling run that has come to sigma in one step from pure noise, and has one to go.
+
+        Where a model comes from its own first step, mistakes and all, and not from the right picture, is what it never
+        sees in flow matching. The step is not learned through. Prediction and target are scaled by sigma, so that
+        errors of the picture count as at a sigma of 1.
+
+        Source: Deng et al., 2023, "Markup-to-Image Diffusion Models with Scheduled Sampling", section 3.2.
+        """
+        with torch.no_grad():
+            velocity, _ = self.predict(batch, latents, noise, torch.ones_like(sigma), guidance_scale)
+            height, width = latents.shape[2] * LATENT_SCALE, latents.shape[3] * LATENT_SCALE
+            drawn = noise - unpack(velocity.float(), height, width)
+        pred, target = self.predict(batch, drawn, noise, sigma, guidance_scale)
+        scale = sigma.view(-1, 1, 1)
+        return pred * scale.to(pred.dtype), target * scale + pack(drawn - latents)
 
     def condition(self, batch: EncodedBatch) -> Conditioning:
         siglip, t5 = batch.siglip_states, batch.t5_states

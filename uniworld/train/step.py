@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from uniworld.config import FlowConfig, TrainConfig
+from uniworld.models.flow import sigmas
 from uniworld.train.encode import draw_latents
 from uniworld.train.model import EncodedBatch
 from uniworld.train.noise import draw_sigma, sigma_weight
 
-DROP_T5 = 3  # kind of random draw; the data's are 0 to 2
+DROP_T5, ROLLOUT = 3, 4  # kinds of random draws; the data's are 0 to 2
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,12 @@ def draw(batch: EncodedBatch, flow: FlowConfig, generator: torch.Generator) -> D
 
 
 def training_loss(
-    model: Callable[..., Tensor], batch: EncodedBatch, flow: FlowConfig, generator: torch.Generator
+    model: Callable[..., Tensor],
+    batch: EncodedBatch,
+    flow: FlowConfig,
+    generator: torch.Generator,
+    *,
+    rollout: bool = False,
 ) -> Tensor:
     """The loss of one micro-batch, a scalar with a graph.
 
@@ -47,8 +53,13 @@ def training_loss(
         model: `TrainModel` or whatever wraps it.
         batch: on the model's device.
         generator: on the CPU; advanced by what `draw` takes.
+        rollout: whether to learn the second of two sampling steps, see `TrainModel.forward`.
     """
     drawn = draw(batch, flow, generator)
+    if rollout:
+        second = sigmas(2, batch.num_image_tokens)[1].item()
+        sigma = torch.full_like(drawn.sigma, second)
+        return model(batch, drawn.latents, drawn.noise, sigma, flow.guidance_scale, rollout=True)
     level_weight = sigma_weight(flow.weighting, drawn.sigma)
     return model(batch, drawn.latents, drawn.noise, drawn.sigma, flow.guidance_scale, level_weight)
 
@@ -61,10 +72,18 @@ def drop_t5(batch: EncodedBatch, config: TrainConfig, step: int, number: int) ->
     Args:
         step, number: of the micro-batch, counted over the run and in its step.
     """
-    rate = config.data.drop_t5_rate
-    if batch.t5_states is None or np.random.default_rng((config.seed, DROP_T5, step, number)).random() >= rate:
+    if batch.t5_states is None or not _happens(config.data.drop_t5_rate, config, DROP_T5, step, number):
         return batch
     return replace(batch, t5_states=None)
+
+
+def rolls_out(config: TrainConfig, step: int, number: int) -> bool:
+    """Whether this micro-batch is one of the `flow.rollout_share`; on all ranks at the same time, as in `drop_t5`."""
+    return _happens(config.flow.rollout_share, config, ROLLOUT, step, number)
+
+
+def _happens(rate: float, config: TrainConfig, kind: int, step: int, number: int) -> bool:
+    return bool(np.random.default_rng((config.seed, kind, step, number)).random() < rate)
 
 
 def rank_generator(seed: int, rank: int) -> torch.Generator:

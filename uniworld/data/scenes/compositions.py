@@ -6,11 +6,11 @@ from collections.abc import Callable
 import numpy as np
 
 from uniworld.data.scenes.descriptions import describe
-from uniworld.data.scenes.edit_places import find_place
 from uniworld.data.scenes.edit_steps import Change, allowed
 from uniworld.data.scenes.edits import MAX_TRIES, Edit, draw_key, kept_things
 from uniworld.data.scenes.graph import STYLES, Scene
 from uniworld.data.scenes.sampling import is_clear, sample_scene
+from uniworld.data.scenes.typical import typical_place
 from uniworld.data.scenes.wording import Wording, wording
 
 
@@ -36,7 +36,7 @@ def _put(first: Scene, second: Scene, words: Wording, _: str) -> Edit | None:
     """The thing keeps its place where that is free."""
     index = words.pick(range(len(second.things)))
     thing, the = second.things[index], describe(second, index, words.rng)
-    placed = thing if is_clear((*first.things, thing)) else find_place(first, thing, words.rng)
+    placed = thing if is_clear((*first.things, thing)) else typical_place(first, thing, "")
     if the is None or placed is None:
         return None
     change = Change(kind="add", after=len(first.things))

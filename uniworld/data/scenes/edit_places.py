@@ -2,31 +2,21 @@
 
 import dataclasses
 
-import numpy as np
-
 from uniworld.data.scenes.descriptions import RELATIONS, attributes_of, describe
 from uniworld.data.scenes.edit_steps import HELD_OUT_RATE, Change, Step, altered, same, target
-from uniworld.data.scenes.graph import FLOOR_DEPTH, FLOOR_HALF_WIDTH, Scene, Thing, footprint_radius, gap
-from uniworld.data.scenes.sampling import MIN_GAP, in_picture, is_clear, sample_thing
+from uniworld.data.scenes.graph import FLOOR_DEPTH, FLOOR_HALF_WIDTH, Scene, Thing, footprint_radius
+from uniworld.data.scenes.sampling import is_clear, sample_thing
+from uniworld.data.scenes.typical import YAW, typical_place
 from uniworld.data.scenes.wording import Wording
 
 SHIFTS = (0.5, 0.6, 0.45, 0.7, 0.4, 0.8, 0.35, 0.9, 1.0)  # of x or z, the first that leaves the scene clear
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "front": (0, -1), "back": (0, 1)}  # of x and z
-PLACES_TRIED = 40
-# Of x and z: where "on the left" and the like are true of a thing, by `graph.column` and `graph.row`.
-REGIONS = {
-    "": ((-1, 1), (0, 1)),
-    "left": ((-1, -0.41), (0, 1)),
-    "middle": ((-0.31, 0.31), (0, 1)),
-    "right": ((0.41, 1), (0, 1)),
-    "front": ((-1, 1), (0, 0.39)),
-    "back": ((-1, 1), (0.61, 1)),
-}
 GAPS = (0.15, 0.3, 0.5, 0.8, 1.2)  # world units between a thing and the one it is put beside
 
 
 def add_step(scene: Scene, words: Wording, split: str, _: frozenset[int]) -> Step | None:
     thing = sample_thing(words.rng, held_out=split != "train" and words.chance(HELD_OUT_RATE))
+    thing = dataclasses.replace(thing, yaw=YAW, pose=())
     names = ["shape", "colour", *(["material"] if thing.material != "matte" else [])]
     new = words.a(attributes_of(thing, names + (["size"] if thing.size != "medium" else [])))
     index, origins = len(scene.things), (*same(scene), None)
@@ -41,25 +31,13 @@ def add_step(scene: Scene, words: Wording, split: str, _: frozenset[int]) -> Ste
         change = Change(kind="add", after=index, value=relation, other=near)
         return Step(after=after, change=change, origins=origins, section="add_by", slots=slots, about=((near, the),))
     side = words.pick(("left", "middle", "right", "front", "back")) if way == "add_side" else ""
-    placed = find_place(scene, thing, words.rng, side)
+    placed = typical_place(scene, thing, side)
     if placed is None:
         return None
     slots = {"a": new} | ({"side": words.word("SIDES", side)} if side else {})
     change = Change(kind="add", after=index, value=side)
     section = "add_side" if side else "add"
     return Step(after=scene.plus(placed), change=change, origins=origins, section=section, slots=slots)
-
-
-def find_place(scene: Scene, thing: Thing, rng: np.random.Generator, side: str = "") -> Thing | None:
-    """The thing at a free place, on this side of the picture where one is named; None where none was found."""
-    (left, right), (near, far) = REGIONS[side]
-    for _ in range(PLACES_TRIED):
-        x, z = round(float(rng.uniform(left, right)), 3), round(float(rng.uniform(near, far)), 3)
-        placed = dataclasses.replace(thing, x=x, z=z)
-        apart = all(gap(placed, other) >= MIN_GAP for other in scene.things)
-        if apart and in_picture(placed) and is_clear((*scene.things, placed)):
-            return placed
-    return None
 
 
 def move_step(scene: Scene, words: Wording, split: str, blocked: frozenset[int]) -> Step | None:

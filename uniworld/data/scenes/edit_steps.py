@@ -23,6 +23,7 @@ from uniworld.data.scenes.graph import (
     pose_name,
 )
 from uniworld.data.scenes.sampling import is_clear
+from uniworld.data.scenes.typical import TEXTURE
 from uniworld.data.scenes.wording import Wording
 
 HELD_OUT_RATE = 0.5  # of held-out edits, at least so many change a thing of a held-out pair where one is there
@@ -180,7 +181,8 @@ def extract_step(scene: Scene, words: Wording, split: str, blocked: frozenset[in
 def background_step(scene: Scene, words: Wording, *_) -> Step | None:
     value = words.pick([name for name in BACKGROUNDS if name != scene.background])
     tables = {"background": "BACKGROUNDS", "background_at": "BACKGROUNDS_AT", "background_to": "BACKGROUNDS_TO"}
-    return _whole(scene, "background", "background", value, {k: words.word(v, value) for k, v in tables.items()})
+    slots = {name: words.word(table, value) for name, table in tables.items()}
+    return _whole(dataclasses.replace(scene, seed=TEXTURE), "background", "background", value, slots)
 
 
 def light_step(scene: Scene, words: Wording, *_) -> Step | None:

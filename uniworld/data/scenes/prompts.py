@@ -9,6 +9,7 @@ from uniworld.data.scenes.descriptions import RELATIONS
 from uniworld.data.scenes.edit_steps import allowed
 from uniworld.data.scenes.graph import COLOURS, STYLES, Scene, Thing
 from uniworld.data.scenes.sampling import NoRoomError, sample_scene, sample_thing, sample_things
+from uniworld.data.scenes.typical import typical_scene
 from uniworld.data.scenes.wording import Wording
 
 KIND_WEIGHTS = {
@@ -27,7 +28,7 @@ ALIKE_RATE = 0.5  # of things to count, that have one colour
 
 
 def make_prompt(kind: str, rng: np.random.Generator, words: Wording, split: str, language: str) -> tuple[Scene, Prompt]:
-    """A scene and a prompt of this kind that is true of it."""
+    """A prompt of this kind, and the typical one of the scenes that it is true of, if there is one."""
     while True:
         style = words.pick(STYLES) if words.chance(STYLE_RATES.get(kind, STYLE_RATE)) else "photo"
         try:
@@ -35,7 +36,8 @@ def make_prompt(kind: str, rng: np.random.Generator, words: Wording, split: str,
         except NoRoomError:
             continue
         if kind != "position" or any(holds(*scene.things) for holds in RELATIONS.values()):
-            return scene, prompt_of(kind, scene, words, language)
+            prompt = prompt_of(kind, scene, words, language)
+            return typical_scene(prompt) or scene, prompt
 
 
 def _things(kind: str, rng: np.random.Generator, words: Wording, split: str) -> list[Thing] | None:
