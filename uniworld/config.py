@@ -37,8 +37,7 @@ class ModelConfig:
     """What stands for a reference picture where the stage inserts it: the semantic encoder's states, or the picture's
     packed VAE latents, whose connector `vae_projector` then learns where `siglip_projector` would."""
     num_queries: int = 0
-    """Learned tokens at the end of the VLM's input, whose states alone are conditioned on in place of the prompt's;
-    they learn with the VLM connector. 0: none."""
+    """Tokens after the VLM's input, learned with its connector; their states replace the prompt's. 0: none."""
     lora_rank: int | None = None
     """Train LoRA factors of this rank on the DiT's attention (needs peft) in place of the weights that the stage names
     there; its connectors learn as without."""
@@ -196,8 +195,7 @@ class CheckpointConfig:
     asynchronous: bool = False
     """Write in the background while training goes on."""
     resume: str = "auto"
-    """"auto" goes on from the newest complete checkpoint of the run folder; "never" starts anew; the folder of a run or
-    checkpoint starts from that while this run has none of its own."""
+    """From the run's newest checkpoint ("auto"), anew ("never"), or, while there is none, from a run or checkpoint."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,7 +221,8 @@ BOUNDS = (
     ("seed model.num_queries data.num_workers optim.warmup_steps optim.clip_norm", 0, math.inf, "at least 0"),
     ("ema.update_after_step validation.every_steps", 0, math.inf, "at least 0"),
     ("data.focus_weight", 1, 1000, "from 1 to 1000"),
-    ("data.drop_prompt_rate data.drop_t5_rate data.max_bad_share flow.rollout_share ema.decay ema.min_decay", 0, 1, "from 0 to 1"),
+    ("data.drop_prompt_rate data.drop_t5_rate data.max_bad_share", 0, 1, "from 0 to 1"),
+    ("flow.rollout_share ema.decay ema.min_decay", 0, 1, "from 0 to 1"),
 )
 
 
