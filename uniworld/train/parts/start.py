@@ -10,7 +10,7 @@ from uniworld.train.parts.sizes import SIZE_PX
 
 # What a request that names none takes: of fewest steps copies come out truest, what is new takes some; no guidance was
 # learned.
-DRAWING = {"num_inference_steps": 4, "edit_inference_steps": 1, "guidance_scale": 1.0}
+DRAWING = {"num_inference_steps": 4, "edit_inference_steps": 2, "guidance_scale": 1.0}
 PARTS = ("vlm", "redux", "semantic_encoder", "align", "task_head")
 
 
