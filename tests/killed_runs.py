@@ -181,8 +181,8 @@ def rank_process(scenario, attempt, rank, folder):
     run = Trainer(config, quiet=True)
     loss_of = trainer.training_loss
 
-    def noted(*arguments):
-        loss = loss_of(*arguments)
+    def noted(*arguments, **options):
+        loss = loss_of(*arguments, **options)
         log(run.step, loss)
         return loss
 

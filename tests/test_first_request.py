@@ -1,6 +1,7 @@
 """The first request is encoded while the DiT's weights are read."""
 
 import threading
+import time
 from dataclasses import replace
 
 import pytest
@@ -101,6 +102,7 @@ def test_an_error_while_encoding_ends_the_reading(monkeypatch):
     def slowly(plan, name, *rest):
         if threading.current_thread() is not threading.main_thread() and name.startswith("denoise_tower.denoiser."):
             assert failed.wait(WAIT_S)
+            time.sleep(0.02)  # the main thread needs a moment to end it
             read.append(name)
         return fill_one(plan, name, *rest)
 
