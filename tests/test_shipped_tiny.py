@@ -10,8 +10,11 @@ import pytest
 from PIL import Image
 
 from uniworld.checkpoint import tiny
+from uniworld.data.scenes.captions import Prompt, Want
+from uniworld.data.scenes.descriptions import Description
 from uniworld.data.scenes.edits import edit_mask
 from uniworld.data.scenes.render import render
+from uniworld.data.scenes.typical import typical_scene
 from uniworld.engine import Engine
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -65,6 +68,21 @@ def test_the_red_ball_becomes_blue_and_the_rest_stays(engine, monkeypatch):
     away, left = (np.abs(drawn - each)[where].mean() for each in (given, wanted))
     assert left < 0.6 * away, (left, away)
     assert psnr(drawn[~where], given[~where].astype(float)) > 20
+
+
+def test_two_things_of_a_prompt_come_in_their_colours_side_by_side(engine):
+    """The picture is near to the one that is meant, and far from the same with the colours exchanged."""
+    ball, cube = (Description(shape=shape, colour=colour) for shape, colour in (("ball", "yellow"), ("cube", "blue")))
+    wants = tuple(Want(description=description) for description in (ball, cube))
+    prompt = Prompt(kind="attribute binding", language="en", text="a yellow ball and a blue cube", wants=wants)
+    scene = typical_scene(prompt)
+    exchanged = scene.with_thing(0, colour="blue").with_thing(1, colour="yellow")
+    meant, other = (render(each, SIZE_PX).image for each in (scene, exchanged))
+    drawn = levels(engine.generate(prompt.text, seed=1).images[0])
+    where = edit_mask(meant, other)
+    away, left = (np.abs(drawn - each)[where].mean() for each in (other, meant))
+    assert left < 0.5 * away, (left, away)
+    assert psnr(drawn, meant.astype(float)) > 20
 
 
 def test_a_photograph_is_not_of_its_world_and_a_scene_is(engine):
