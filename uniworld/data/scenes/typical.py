@@ -12,7 +12,7 @@ from functools import cache
 from uniworld.data.scenes.captions import Prompt
 from uniworld.data.scenes.descriptions import Description
 from uniworld.data.scenes.graph import FLOOR_DEPTH, FLOOR_HALF_WIDTH, Scene, Thing, gap
-from uniworld.data.scenes.sampling import MIN_GAP, in_picture, is_clear
+from uniworld.data.scenes.sampling import MIN_GAP, is_clear
 
 COLOUR_OF = {  # none of these pairs is held out
     "ball": "red",
@@ -111,7 +111,7 @@ def typical_place(scene: Scene, thing: Thing, side: str) -> Thing | None:
     for x, z in places(side):
         placed = dataclasses.replace(thing, x=x, z=z)
         apart = all(gap(placed, other) >= MIN_GAP for other in scene.things)
-        if apart and in_picture(placed) and is_clear((*scene.things, placed)):
+        if apart and is_clear((*scene.things, placed)):
             return placed
     return None
 

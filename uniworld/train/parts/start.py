@@ -8,7 +8,7 @@ from uniworld.checkpoint.locate import read_json
 from uniworld.checkpoint.save import TASK_HEAD_FILE, atomic_folder, write_json
 from uniworld.train.parts.sizes import SIZE_PX
 
-# What a request that names none takes: of fewest steps copies come out truest, what is new takes some; no guidance was
+# What a request that names none takes: two steps are learned as they are drawn, what is new takes some; no guidance was
 # learned.
 DRAWING = {"num_inference_steps": 4, "edit_inference_steps": 2, "guidance_scale": 1.0}
 PARTS = ("vlm", "redux", "semantic_encoder", "align", "task_head")
