@@ -92,8 +92,9 @@ def _attend_prefixes(name: str, q: Tensor, k: Tensor, v: Tensor, lengths: tuple[
         out = attend(name, q[:, :n], k[:, :n], v[:, :n])
         return torch.cat([out, out.new_zeros(len(lengths), S - n, *q.shape[2:])], dim=1)
     pieces = []
-    for b, n in enumerate(lengths):
-        pieces.append(attend(name, q[b : b + 1, :n], k[b : b + 1, :n], v[b : b + 1, :n])[0])
+    # unbound, since the gradient of a slice of the batch is as large as the batch, and there is one for each sample
+    for *sample, n in zip(q.unbind(), k.unbind(), v.unbind(), lengths):
+        pieces.append(attend(name, *(x[None, :n] for x in sample))[0])
         if n < S:
             pieces.append(q.new_zeros(S - n, *q.shape[2:]))
     return torch.cat(pieces).view(q.shape)

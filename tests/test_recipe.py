@@ -9,9 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from PIL import Image
 
+from uniworld.checkpoint import precision
+from uniworld.cli_train_part import as_this_machine_computes
 from uniworld.config import load_config
 from uniworld.data.shards import expand_shards
 from uniworld.engine import Engine
@@ -112,6 +115,27 @@ def test_wider_steps_see_the_same_items(name):
     assert widened(path, 1) == ()
     steps = recipe(Path("runs"), path.parent, 1, 4)
     assert any("train" in step.command[:1] and "optim.warmup_steps=25" in step.command for step in steps)
+
+
+def test_without_bf16_products_the_stages_and_their_states_are_in_fp32():
+    configs = ROOT / "configs" / "tiny"
+    as_written, fp32 = (recipe(Path("runs"), configs, 1, stage_dtype=dtype) for dtype in (None, "fp32"))
+    changed = {a.name: set(b.command) - set(a.command) for a, b in zip(as_written, fp32) if a.command != b.command}
+    assert changed == {name: {"sharding.dtype=fp32"} for name in ("states", "stage1", "stage2")}
+    assert load_config(configs / "stage2.yaml", ["sharding.dtype=fp32"]).sharding.dtype == "fp32"
+
+
+@pytest.mark.parametrize(
+    ("machine", "cpu_has", "trained"),
+    [("cpu", False, "fp32"), ("cpu", True, "autocast"), ("cuda", False, "autocast")],
+)
+def test_a_part_is_trained_in_what_the_machine_computes_in(machine, cpu_has, trained, monkeypatch, capsys):
+    monkeypatch.setattr(precision, "default_device", lambda: torch.device(machine))
+    monkeypatch.setattr(precision, "cpu_has_fast_bf16", lambda: cpu_has)
+    config = load_part_config(ROOT / "configs" / "tiny" / "vae.yaml")
+    assert config.dtype == "autocast" and as_this_machine_computes(config, quiet=False).dtype == trained
+    said = "dtype=autocast: fp32 here, for this CPU does not compute in bf16\n" if trained == "fp32" else ""
+    assert capsys.readouterr().err == said
 
 
 @pytest.mark.long

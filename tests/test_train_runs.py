@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,10 @@ import yaml
 from data_files import write_authors
 from safetensors.torch import load_file
 
+from uniworld.checkpoint import precision
+from uniworld.config import TrainConfig, from_dict
 from uniworld.train.metrics import read_metrics
+from uniworld.train.trainer import Trainer
 
 pytest.importorskip("deepspeed")
 
@@ -77,6 +81,23 @@ def test_a_signal_saves_and_the_same_command_goes_on(tmp_path):
     assert losses(stopped) == losses(whole)
     for mine, theirs in zip(average(stopped, 6, ranks=2), average(whole, 6, ranks=2)):
         assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+@pytest.mark.parametrize("dtype, fast, warned", [("bf16", False, True), ("bf16", True, False), ("fp32", False, False)])
+def test_a_run_in_a_bf16_that_is_emulated_says_so(dtype, fast, warned, monkeypatch):
+    monkeypatch.setattr(precision, "cpu_has_fast_bf16", lambda: fast)
+    lines = []
+    run = SimpleNamespace(
+        config=from_dict(TrainConfig, {"sharding": {"dtype": dtype}}),
+        world=SimpleNamespace(size=1, device=torch.device("cpu")),
+        sharded=SimpleNamespace(num_trained=1),
+        num_parameters=2,
+        restored=None,
+        metrics=SimpleNamespace(note=lines.append),
+    )
+    Trainer._announce(run)
+    said = "sharding.dtype=bf16: this CPU does not compute in bf16 and is far faster with fp32"
+    assert (lines[-1] == said) == warned and len(lines) == 3 + warned
 
 
 @pytest.mark.slow

@@ -15,12 +15,13 @@ def train_tiny(
     quiet: bool,
 ) -> int:
     """Run the recipe, or list its steps; returns the exit code."""
+    from uniworld.checkpoint.precision import default_device, emulates_bf16
     from uniworld.train.parts.recipe import TRAINED_PARTS, Recipe, recipe, take_finished
 
     for name in (*TRAINED_PARTS, "stage1", "stage2"):
         if not (configs / f"{name}.yaml").is_file():
             raise FileNotFoundError(f"configs={configs}: has no {name}.yaml")
-    steps = recipe(output, configs, num, wider)
+    steps = recipe(output, configs, num, wider, "fp32" if emulates_bf16(default_device()) else None)
 
     def note(line: str) -> None:
         if not quiet:

@@ -32,6 +32,11 @@ def cpu_has_fast_bf16() -> bool:
     return not FAST_BF16_FLAGS.isdisjoint(flags.split())
 
 
+def emulates_bf16(device: torch.device) -> bool:
+    """Whether bf16 products are made of fp32 ones: on CPUs with AVX2 alone they take over a hundred times as long."""
+    return device.type == "cpu" and not cpu_has_fast_bf16()
+
+
 def vae_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
     """The VAE takes the model's dtype on a GPU; on a CPU fp32, or fp64 where the model has that."""
     if device.type == "cuda" or dtype == torch.float64:

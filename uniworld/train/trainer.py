@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from uniworld.checkpoint.precision import emulates_bf16
 from uniworld.config import TrainConfig, to_yaml
 from uniworld.models.unified import UniWorld
 from uniworld.train import build, sharding, validate
@@ -107,6 +108,8 @@ class Trainer:
             f"{batch_size} x {accumulated} x {world.size} = {batch_size * accumulated * world.size} samples a step",
             f"{config.run_dir}: {start}, {config.num_steps:,} steps in all",
         ]
+        if sharding_config.dtype == "bf16" and emulates_bf16(world.device):
+            lines.append("sharding.dtype=bf16: this CPU does not compute in bf16 and is far faster with fp32")
         for line in lines:
             self.metrics.note(line)
 

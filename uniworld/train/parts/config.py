@@ -36,7 +36,7 @@ class PartConfig:
     """Folder of the tokenizers, which the parts share; made from the words of the scenes where it is not there."""
     dtype: Literal["fp32", "bf16", "autocast"] = "fp32"
     """Of the computation: bf16 throughout, with weights rounded for every step, or torch's autocast to bf16. What is
-    optimized and averaged is fp32."""
+    optimized and averaged is fp32. On a CPU without bf16 `train-part` computes in fp32."""
     num_items: int = 100000
     """Of parts base, redux, align, task_head and semantic_encoder: items that are trained on again and again, from what
     frozen parts make of them, which is kept in `run_dir` (19 KB an item, of redux 40, of align 34, of the task head

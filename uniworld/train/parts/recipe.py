@@ -36,13 +36,16 @@ class Step:
     function: Callable[[], object] | None = None
 
 
-def recipe(root: Path, configs: Path, num_items: int, wider: int = 1) -> tuple[Step, ...]:
+def recipe(
+    root: Path, configs: Path, num_items: int, wider: int = 1, stage_dtype: str | None = None
+) -> tuple[Step, ...]:
     """The steps in order; all that they make lies in `root`.
 
     Args:
         configs: folder with `vae.yaml` and the others, one a training.
         num_items: of the data set of stages 1 and 2.
         wider: how many times a training's batch to take, in so many times fewer steps.
+        stage_dtype: of stages 1 and 2 and the states they learn from, in the place of their configs'.
     """
     start, data, states, connectors = root / "start", root / "data", root / "states", root / "stage1" / "connectors"
 
@@ -51,7 +54,9 @@ def recipe(root: Path, configs: Path, num_items: int, wider: int = 1) -> tuple[S
         return str(path), f"run_dir={root / name}", *widened(path, wider)
 
     model, sources = f"model.path={start}", sources_in(data / "shards", configs / "stage2.yaml", num_items)
-    common = model, f"data.precomputed={states}", "data.sources=[]"
+    dtype = () if stage_dtype is None else (f"sharding.dtype={stage_dtype}",)
+    common = model, f"data.precomputed={states}", "data.sources=[]", *dtype
+    read = model, sources, *dtype, "-o", str(states)
     parts = [
         Step(name=part, command=("train-part", *config(part), f"parts={root}", f"words={root / WORDS}"))
         for part in TRAINED_PARTS
@@ -62,7 +67,7 @@ def recipe(root: Path, configs: Path, num_items: int, wider: int = 1) -> tuple[S
         *parts,
         Step(name="start", function=lambda: write_start(root, start)),
         Step(name="data", command=make),
-        Step(name="states", command=("precompute", str(configs / "stage2.yaml"), model, sources, "-o", str(states))),
+        Step(name="states", command=("precompute", str(configs / "stage2.yaml"), *read)),
         Step(name="stage1", command=("train", *config("stage1"), *common)),
         Step(name="connectors", command=("export", str(root / "stage1"), "--connectors-only", *taken, str(connectors))),
         Step(name="stage2", command=("train", *config("stage2"), *common, f"model.connectors={connectors}")),
