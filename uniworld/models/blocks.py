@@ -148,7 +148,8 @@ class JointAttention(nn.Module):
         )
         joint = attend(q, k, v, plan).flatten(2)
         num_img = img_qkv.shape[1]
-        return self.to_out[0](joint[:, :num_img]), self.to_add_out(joint[:, num_img:])
+        img_update, txt_update = joint.split([num_img, joint.shape[1] - num_img], dim=1)
+        return self.to_out[0](img_update), self.to_add_out(txt_update)
 
 
 class SingleAttention(nn.Module):
