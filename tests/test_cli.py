@@ -271,6 +271,7 @@ def test_bugs_are_told_from_mistakes(run, fake, monkeypatch):
 
 def test_out_of_memory_says_what_helps(run, fake, monkeypatch):
     fake.fail = type("OutOfMemoryError", (RuntimeError,), {})("tried to allocate 2 GiB")
+    monkeypatch.delitem(sys.modules, "uniworld.train.trainer", raising=False)  # another test's
     code, _, err = run("generate", "cat")
     assert code == 2 and "out of GPU memory (tried to allocate 2 GiB); try a smaller --size" in err
     monkeypatch.setitem(sys.modules, "uniworld.train.trainer", None)

@@ -10,6 +10,7 @@ from parts_of_tiny import ROOT, train
 from PIL import Image
 from safetensors.torch import load_file
 
+from uniworld.cli_train_part import as_this_machine_computes
 from uniworld.config import OptimConfig
 from uniworld.models.vae import ImageAutoencoder, to_pixels
 from uniworld.train.parts import make_part, vae
@@ -24,6 +25,7 @@ def test_the_autoencoder_learns_and_its_latents_have_unit_size(tmp_path):
         [f"run_dir={tmp_path}", "num_steps=40", "size_px=64", "batch_size=4", "num_checked=16", "num_workers=0"]
         + ["ema.decay=0.8", "optim.lr=1e-2", "optim.warmup_steps=5"],
     )
+    config = as_this_machine_computes(config, quiet=True)
     fresh = make_part(config).score()["psnr_db"]
     trainer, _ = train(config, make_part(config))
     scores, folder = trainer.finish()

@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 from uniworld.checkpoint import precision
 from uniworld.config import TrainConfig, from_dict
 from uniworld.train.metrics import read_metrics
-from uniworld.train.trainer import Trainer
 
 pytest.importorskip("deepspeed")
 
@@ -85,6 +84,8 @@ def test_a_signal_saves_and_the_same_command_goes_on(tmp_path):
 
 @pytest.mark.parametrize("dtype, fast, warned", [("bf16", False, True), ("bf16", True, False), ("fp32", False, False)])
 def test_a_run_in_a_bf16_that_is_emulated_says_so(dtype, fast, warned, monkeypatch):
+    from uniworld.train.trainer import Trainer
+
     monkeypatch.setattr(precision, "cpu_has_fast_bf16", lambda: fast)
     lines = []
     run = SimpleNamespace(
