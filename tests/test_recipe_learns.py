@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from uniworld.checkpoint.precision import cpu_has_fast_bf16
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(620)  # two minutes on a CPU that computes in bf16
+@pytest.mark.skipif(not cpu_has_fast_bf16(), reason="takes over eight minutes on a CPU that does not compute in bf16")
 def test_a_semantic_encoder_learns_in_minutes(tmp_path):
     """250 of 8,000 steps over 2,400 items, on the latents of the shipped autoencoder. By chance 3 % of the captions are
     found and 10 % of the colours are read rightly; the variance of the latents of things is 1.6."""
@@ -36,7 +38,7 @@ def test_a_semantic_encoder_learns_in_minutes(tmp_path):
         "-q",
     ]
     done = subprocess.run(
-        command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "2"}, capture_output=True, text=True, timeout=600
+        command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "2"}, capture_output=True, text=True, timeout=280
     )
     assert done.returncode == 0, done.stderr[-3000:]
     scores = json.loads((tmp_path / "run" / "scores.json").read_text())
