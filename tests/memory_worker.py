@@ -44,7 +44,7 @@ SHAPE = ModelShape(
 
 
 class BF16ProductsLeftOut(TorchDispatchMode):
-    """Tensors of the right size in the place of bf16 products and of attention's gradients.
+    """Tensors of the right size in the place of bf16 products and of the gradients of bf16 attention.
 
     Only memory is measured, and a CPU that does not compute in bf16 takes ten minutes for values nobody looks at.
     """
@@ -54,7 +54,8 @@ class BF16ProductsLeftOut(TorchDispatchMode):
         if func in (aten.mm.default, aten.addmm.default, aten.bmm.default) and args[-1].dtype == torch.bfloat16:
             a, b = args[-2:]
             return a.new_full((*a.shape[:-1], b.shape[-1]), 0.01)
-        if func == aten._scaled_dot_product_flash_attention_for_cpu_backward.default:
+        attention_backward = aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+        if func == attention_backward and args[0].dtype == torch.bfloat16:
             return tuple(torch.full_like(x, 0.01) for x in args[1:4])
         return func(*args, **kwargs or {})
 

@@ -58,7 +58,8 @@ def test_under_autocast_it_runs_in_fp32(model, monkeypatch):
     ours = loss_and_gradient(model, autocast=True)
     assert seen == [torch.float32] * 2
     for a, b, exact in zip(ours, bf16, truth):
-        assert (a - exact).norm() <= 1.1 * (b - exact).norm() + 1e-4 * exact.norm()  # of one number it may be chance
+        chance = 1e-6 if exact.dim() else 1e-4  # of the loss, one number of about 4, bf16's error may be next to none
+        assert (a - exact).norm() <= 1.1 * (b - exact).norm() + chance
 
 
 def test_amx_keeps_torchs_own(model, monkeypatch):

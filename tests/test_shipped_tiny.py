@@ -52,8 +52,8 @@ def test_the_first_line_of_the_readme_moves_the_scene_to_a_desert(engine, monkey
     wanted = levels(Image.fromarray(render(replace(draw.SCENES["beach"], background="desert"), 256).image))
     given = Image.open(ROOT / "examples" / "beach.png")
     drawn = levels(engine.edit(given, "put it in a desert", seed=1).images[0])
-    like_wanted, like_given = psnr(drawn, wanted), psnr(drawn, levels(given))
-    assert like_wanted > 26 and like_given < like_wanted - 8, (like_wanted, like_given)
+    assert psnr(drawn, wanted) > 26
+    assert psnr(drawn, levels(given)) < psnr(wanted, levels(given)) + 0.2  # no nearer to it than the exact picture
 
 
 def test_the_red_ball_becomes_blue_and_the_rest_stays(engine, monkeypatch):

@@ -56,7 +56,7 @@ def recipe(
     model, sources = f"model.path={start}", sources_in(data / "shards", configs / "stage2.yaml", num_items)
     dtype = () if stage_dtype is None else (f"sharding.dtype={stage_dtype}",)
     common = model, f"data.precomputed={states}", "data.sources=[]", *dtype
-    read = model, sources, *dtype, "-o", str(states)
+    encode = "precompute", str(configs / "stage2.yaml"), model, sources, *dtype, "-o", str(states)
     parts = [
         Step(name=part, command=("train-part", *config(part), f"parts={root}", f"words={root / WORDS}"))
         for part in TRAINED_PARTS
@@ -67,7 +67,7 @@ def recipe(
         *parts,
         Step(name="start", function=lambda: write_start(root, start)),
         Step(name="data", command=make),
-        Step(name="states", command=("precompute", str(configs / "stage2.yaml"), *read)),
+        Step(name="states", command=encode),
         Step(name="stage1", command=("train", *config("stage1"), *common)),
         Step(name="connectors", command=("export", str(root / "stage1"), "--connectors-only", *taken, str(connectors))),
         Step(name="stage2", command=("train", *config("stage2"), *common, f"model.connectors={connectors}")),
