@@ -231,6 +231,7 @@ def test_a_record_makes_its_item_again(made):
     for task in MIXTURE:
         record = annotations(made, task)[-1]
         item = make_item(task, tuple(record["seed"]), record["split"])
+        assert record == {"id": record["id"], "image": record["image"]} | json.loads(json.dumps(item.record()))
         assert item.conversations == record["conversations"] and item.kind == record["kind"]
         for name, picture in zip(record["image"], item.pictures, strict=True):
             assert np.array_equal(np.asarray(Image.open(made / "images" / name)), picture)
@@ -350,12 +351,28 @@ def test_command(run, tmp_path):
     assert code == 0 and "0 pairs in" in err and "6 were there" in err
 
 
+def test_some_kinds_alone(run, tmp_path):
+    asked = {"t2i": {"counting", "position"}, "edit": {"add"}, "compose": {"compose"}}
+    args = ("make-data", "--num", 30, "-o", tmp_path / "data", "--format", "authors", "--workers", 1)
+    args += ("--tasks", ",".join(asked))
+    code, _, err = run(*args, "--kinds", "counting,position, add")
+    assert code == 0, err
+    for task, kinds in asked.items():
+        records = annotations(tmp_path / "data", task)
+        assert {record["kind"] for record in records} == kinds
+        again = make_item(task, tuple(records[0]["seed"]), kind=records[0]["kind"])
+        assert again.conversations == records[0]["conversations"]
+    code, _, err = run(*args)
+    assert code == 2 and "holds other data (kinds=['counting', 'position', 'add'], asked for None)" in err
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (("--split", "test"), "split='test': must be one of train, held-out"),
         (("--tasks", "edit,draw"), "task='draw': must be one of understanding"),
         (("--tasks", "edit,edit"), "tasks=edit,edit: must name each task once"),
+        (("--tasks", "t2i,keep", "--kinds", "add"), "kind='add': must be one of single object, two objects, counting"),
         (("--format", "zip"), "format='zip': must be one of both, webdataset, authors"),
         (("--size", 100), "size_px=100: must be a positive multiple of 16"),
     ],

@@ -17,6 +17,10 @@ def make_data(
         str | None,
         typer.Option(metavar="TASK,...", help="Of understanding, t2i, edit, perceive, compose, keep; default: all."),
     ] = None,
+    kinds: Annotated[
+        str | None,
+        typer.Option(metavar="KIND,...", help='Of these tasks, such as "counting,position"; default: all.'),
+    ] = None,
     size: Annotated[int, typer.Option(metavar="PIXELS", help="Width and height of the pictures.")] = 128,
     format: Annotated[str, typer.Option(help="webdataset (tar shards), authors (data.txt) or both.")] = "both",
     workers: Annotated[int | None, typer.Option(min=1, metavar="N", help="Processes; default: one a core.")] = None,
@@ -36,8 +40,15 @@ def make_data(
 
     if output.exists() and not output.is_dir():
         raise ValueError(f"--output {output}: is no folder")
-    names = tuple(MIXTURE) if tasks is None else tuple(name.strip() for name in tasks.split(","))
-    plan = make.DataPlan(num=num, split=split, seed=seed, tasks=names, size_px=size, format=format)
+    plan = make.DataPlan(
+        num=num,
+        split=split,
+        seed=seed,
+        tasks=_names(tasks, tuple(MIXTURE)),
+        kinds=_names(kinds, ()),
+        size_px=size,
+        format=format,
+    )
     make.open_folder(plan, output)  # before the bar is drawn
     start = time.perf_counter()
     with count_progress("Making data", not quiet, unit="pairs") as progress:
@@ -46,6 +57,10 @@ def make_data(
         _report(made, num, time.perf_counter() - start)
     for path in make.results(plan, output):
         print(path)
+
+
+def _names(text: str | None, default: tuple[str, ...]) -> tuple[str, ...]:
+    return default if text is None else tuple(name.strip() for name in text.split(","))
 
 
 def _report(made: int, num: int, seconds: float) -> None:

@@ -21,7 +21,7 @@ import numpy as np
 from uniworld.data.reader import prepare_to_fork
 from uniworld.data.scenes.graph import SPLITS, check_choice
 from uniworld.data.scenes.render import check_size
-from uniworld.data.scenes.tasks import MIXTURE, SIZE_PX, make_item
+from uniworld.data.scenes.tasks import KIND_WEIGHTS, MIXTURE, SIZE_PX, make_item
 
 FORMATS = ("both", "webdataset", "authors")
 CHAT = "understanding"  # its items have no target picture and are no training samples of the DiT
@@ -41,6 +41,8 @@ class DataPlan:
     seed: int = 0
     tasks: tuple[str, ...] = tuple(MIXTURE)
     """Those of MIXTURE, in whose proportions the items are shared."""
+    kinds: tuple[str, ...] = ()
+    """Those that items are drawn of; a task of which none is named has all of its own."""
     size_px: int = SIZE_PX
     format: str = "both"
 
@@ -56,6 +58,9 @@ class DataPlan:
             raise ValueError(f"tasks={','.join(self.tasks)}: must name each task once")
         for task in self.tasks:
             check_choice("task", task, tuple(MIXTURE))
+        of_tasks = tuple(kind for task in self.tasks for kind in KIND_WEIGHTS.get(task, ()))
+        for kind in self.kinds:
+            check_choice("kind", kind, of_tasks)
 
     @property
     def counts(self) -> dict[str, int]:
@@ -153,7 +158,7 @@ def make_shard(shard: Shard, plan: DataPlan, folder: Path) -> Shard:
         _hidden(images).mkdir()
     with tarfile.open(_hidden(tar_path), "w") if with_tar else nullcontext() as tar:
         for number in range(shard.first, shard.end):
-            item = make_item(shard.task, (plan.seed, number), plan.split, size_px=plan.size_px)
+            item = make_item(shard.task, (plan.seed, number), plan.split, kinds=plan.kinds, size_px=plan.size_px)
             pictures = [png(picture) for picture in item.pictures]
             record = {"id": f"{plan.split}-{plan.seed}-{shard.task}-{number:07d}"} | item.record()
             if with_tar:
@@ -198,7 +203,8 @@ def _hidden(path: Path) -> Path:
 def open_folder(plan: DataPlan, folder: Path) -> None:
     """Make the folders, or see that they are of the same plan. Raises as `make_data` does."""
     manifest = folder / MANIFEST
-    text = json.dumps({"version": VERSION, **asdict(plan), "counts": plan.counts}, indent=1)
+    fields = {name: value for name, value in asdict(plan).items() if name != "kinds" or value}
+    text = json.dumps({"version": VERSION, **fields, "counts": plan.counts}, indent=1)
     if manifest.is_file():
         stored = manifest.read_text(encoding="utf-8")
         if stored != text:
@@ -216,14 +222,9 @@ def _first_difference(stored: str, text: str) -> str:
         there = json.loads(stored)
     except json.JSONDecodeError:
         return f"{MANIFEST} is not JSON"
-    return next(
-        (
-            f"{key}={there.get(key)}, asked for {value}"
-            for key, value in json.loads(text).items()
-            if there.get(key) != value
-        ),
-        f"{MANIFEST} differs",
-    )
+    asked = json.loads(text)
+    keys = (key for key in asked | there if there.get(key) != asked.get(key))
+    return next((f"{key}={there.get(key)}, asked for {asked.get(key)}" for key in keys), f"{MANIFEST} differs")
 
 
 def _files(shard: Shard, plan: DataPlan, folder: Path) -> list[Path]:

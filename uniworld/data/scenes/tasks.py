@@ -1,6 +1,6 @@
 """One training item of any task, made from a seed: a conversation, its pictures, and the facts a scorer needs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,7 +56,7 @@ class Item:
     need_weight: bool = True
 
     def record(self) -> dict:
-        """The annotation, without the pictures: `make_item` makes the facts again from task, seed and split."""
+        """The annotation, without the pictures: `make_item` makes the facts again from task, kind, seed and split."""
         return {
             "conversations": self.conversations,
             "need_weight": self.need_weight,
@@ -84,6 +84,7 @@ def make_item(
     split: str = "train",
     *,
     kind: str | None = None,
+    kinds: Collection[str] = (),
     language: str | None = None,
     size_px: int = SIZE_PX,
 ) -> Item:
@@ -92,6 +93,7 @@ def make_item(
     Args:
         task: a key of MIXTURE.
         kind: of "edit", "t2i" and "perceive": one of KIND_WEIGHTS[task]; drawn by weight where it is None.
+        kinds: those it is drawn of; all of the task's, where none of them is named.
         language: "en" or "zh"; drawn where it is None, two to one.
 
     Raises: ValueError naming the argument, its value and what is allowed.
@@ -102,9 +104,11 @@ def make_item(
     if min(numbers) < 0:
         raise ValueError(f"seed={seed}: must not be negative")
     rng = np.random.default_rng((list(MIXTURE).index(task), SPLITS.index(split), *numbers))
-    drawn = draw_key(LANGUAGE_WEIGHTS, rng), draw_key(KIND_WEIGHTS.get(task, {task: 1.0}), rng)
+    weights = KIND_WEIGHTS.get(task, {task: 1.0})
+    named = {name: weight for name, weight in weights.items() if name in kinds}
+    drawn = draw_key(LANGUAGE_WEIGHTS, rng), draw_key(named or weights, rng)
     language, kind = language or drawn[0], kind or drawn[1]
-    check_choice("kind", kind, tuple(KIND_WEIGHTS.get(task, {task: 1.0})))
+    check_choice("kind", kind, tuple(weights))
     parts = MAKERS[task](kind, rng, wording(language, rng), split, language, size_px)
     return Item(task=task, kind=kind, language=language, split=split, seed=seed, **parts)
 
