@@ -96,6 +96,26 @@ def test_a_run_in_pieces_is_the_run_in_one(tmp_path, optimizer):
     assert logged[0] == logged[1] and len(logged[0]) == 20
 
 
+def test_a_line_of_the_log_has_the_means_of_its_steps(tmp_path):
+    """Of those that have a measure: here the even ones."""
+
+    class Turns(Line):
+        def make(self, seeds):
+            return super().make(seeds) | {"turn": seeds.start // len(seeds)}
+
+        def loss(self, batch, generator):
+            loss, more = super().loss(batch, generator)
+            turn = batch.pop("turn")
+            return loss, more | ({"even": torch.tensor(float(turn))} if turn % 2 == 0 else {})
+
+    train_line(line_config(tmp_path / "each"), Turns())
+    train_line(line_config(tmp_path / "ten", log_every_steps=10), Turns())
+    each, ten = (list(read_metrics(tmp_path / name)) for name in ("each", "ten"))
+    assert [record["step"] for record in ten] == [10, 20] and [record["even"] for record in ten] == [4, 14]
+    assert ten[0]["loss"] == pytest.approx(np.mean([record["loss"] for record in each[:10]]), rel=1e-5)
+    assert ["even" in record for record in each[:4]] == [True, False, True, False]
+
+
 def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path):
     class Killed(Exception):
         pass

@@ -87,7 +87,7 @@ class PartTrainer:
         count = sum(p.numel() for p in self.parameters)
         metrics.note(f"{self.config.part}: {count:,} parameters, step {self.step} of {self.config.num_steps}")
         try:
-            self._window_s, self._images = time.perf_counter(), 0
+            self._window = Window()
             with StopSignals() as signals:
                 for batch in self._batches():
                     self._train_step(batch, metrics)
@@ -155,10 +155,10 @@ class PartTrainer:
         self.optimizer.zero_grad(set_to_none=True)
         self._round_masters()
         ema_update(self.average, self.masters, decay_at(self.step, config.ema))
-        self._images += config.batch_size
+        self._window.add({"loss": loss.detach(), **more})
         if self.step % config.log_every_steps == 0:
-            self._log(float(loss.detach()), norm, lr, more, metrics)
-            self._window_s, self._images = time.perf_counter(), 0
+            self._log(norm, lr, metrics)
+            self._window = Window()
 
     def _widen_gradients(self) -> None:
         """Move the gradients of bf16 weights to their masters."""
@@ -171,15 +171,14 @@ class PartTrainer:
         if self.masters is not self.parameters:
             torch._foreach_copy_(self.parameters, self.masters)
 
-    def _log(self, loss: float, norm: float, lr: float, more: dict[str, Any], metrics: Metrics) -> None:
-        seconds = time.perf_counter() - self._window_s
+    def _log(self, norm: float, lr: float, metrics: Metrics) -> None:
+        seconds = self._window.seconds_a_step()
         record = {
-            "loss": loss,
-            **{name: float(value) for name, value in more.items()},
+            **self._window.means(),
             "grad_norm": norm,
             "lr": lr,
-            "step_s": seconds * self.config.batch_size / self._images,
-            "images_per_s": self._images / seconds,
+            "step_s": seconds,
+            "images_per_s": self.config.batch_size / seconds,
             "memory_gib": memory_gib(self.device),
         }
         metrics.log(self.step, record)
@@ -241,6 +240,28 @@ class PartTrainer:
         writer.run()
         if writer.error is not None:
             raise writer.error
+
+
+class Window:
+    """What is measured between two lines of the log. Each measure is a mean of the steps that have it: batches may take
+    turns, and a single one would always be of the same kind."""
+
+    def __init__(self):
+        self.start, self.num_steps = time.perf_counter(), 0
+        self.sums: dict[str, Tensor | float] = {}
+        self.counts: dict[str, int] = {}
+
+    def add(self, measures: dict[str, Tensor | float]) -> None:
+        self.num_steps += 1
+        for name, value in measures.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+            self.counts[name] = self.counts.get(name, 0) + 1
+
+    def means(self) -> dict[str, float]:
+        return {name: float(total) / self.counts[name] for name, total in self.sums.items()}
+
+    def seconds_a_step(self) -> float:
+        return (time.perf_counter() - self.start) / self.num_steps
 
 
 class _Steps(Dataset):
