@@ -155,7 +155,7 @@ class PartTrainer:
         self.optimizer.zero_grad(set_to_none=True)
         self._round_masters()
         ema_update(self.average, self.masters, decay_at(self.step, config.ema))
-        self._window.add({"loss": loss.detach(), **more})
+        self._window.add({"loss": loss, **more})
         if self.step % config.log_every_steps == 0:
             self._log(norm, lr, metrics)
             self._window = Window()
@@ -254,6 +254,7 @@ class Window:
     def add(self, measures: dict[str, Tensor | float]) -> None:
         self.num_steps += 1
         for name, value in measures.items():
+            value = value.detach() if isinstance(value, Tensor) else value  # no graph lives on in a sum
             self.sums[name] = self.sums.get(name, 0.0) + value
             self.counts[name] = self.counts.get(name, 0) + 1
 
