@@ -203,6 +203,7 @@ def _hidden(path: Path) -> Path:
 def open_folder(plan: DataPlan, folder: Path) -> None:
     """Make the folders, or see that they are of the same plan. Raises as `make_data` does."""
     manifest = folder / MANIFEST
+    # Folders that were made before there was a choice of kinds have none, and go on.
     fields = {name: value for name, value in asdict(plan).items() if name != "kinds" or value}
     text = json.dumps({"version": VERSION, **fields, "counts": plan.counts}, indent=1)
     if manifest.is_file():
