@@ -17,6 +17,7 @@ from uniworld.data.scenes.graph import (
     COLOURS,
     LIGHTS,
     MATERIALS,
+    PLAIN,
     POSES,
     SHAPES,
     SIZE_RADIUS,
@@ -24,7 +25,7 @@ from uniworld.data.scenes.graph import (
     Scene,
     Thing,
 )
-from uniworld.data.scenes.render import render
+from uniworld.data.scenes.render import picture_of, render
 from uniworld.data.scenes.sampling import sample_scene
 from uniworld.kernels import extension
 
@@ -132,6 +133,14 @@ def test_corners_project_where_another_camera_says(shape):
     ids = render(Scene(things=(thing,)), 128).ids
     assert ((np.array(inside) > 0) == (ids == 1))[clear].all()
     assert clear.mean() > 0.99
+
+
+def test_the_picture_alone_has_the_same_bytes():
+    scenes = [one_of_each(style=style, background=b, seed=6) for style, b in zip(STYLES, BACKGROUNDS)]
+    for scene in (*scenes, one_of_each(background=PLAIN)):
+        assert np.array_equal(picture_of(scene, 64), render(scene, 64).image)
+    with pytest.raises(ValueError, match="size_px=100"):
+        picture_of(scenes[0], 100)
 
 
 @pytest.mark.parametrize("seed", [0, 1])

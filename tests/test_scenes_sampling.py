@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 from scene_shapes import FLOOR_X, FLOOR_Z, is_inside
 
-from uniworld.data.scenes import solids
+from uniworld.data.scenes import backdrops, solids
 from uniworld.data.scenes.graph import (
     COLOURS,
     POSES,
     SHAPES,
     SIZE_RADIUS,
+    SPLITS,
     Scene,
     Thing,
     footprint_radius,
@@ -42,6 +43,16 @@ def test_sampled_things_stand_apart_and_can_be_seen(split):
             alone = (geometry(solids.tables(Scene(things=(thing,))), 128)[0] == 1).sum()
             assert (ids == i + 1).sum() >= 0.6 * alone > 0
     assert min(counts) == 1 and max(counts) == 5
+
+
+def test_no_texture_of_a_held_out_backdrop_is_in_training():
+    rng = np.random.default_rng(2)
+    seeds = {split: [sample_scene(rng, split=split, num_things=1).seed for _ in range(100)] for split in SPLITS}
+    textures = {split: {backdrops.texture_of(seed) for seed in seeds[split]} for split in SPLITS}
+    assert not textures["train"] & textures["held-out"]
+    assert len(textures["train"]) > 25 and len(textures["held-out"]) == 2
+    pictures = {backdrops.backdrop("meadow", texture, 32).albedo.tobytes() for texture in textures["train"]}
+    assert len(pictures) == len(textures["train"])  # none of them looks like another
 
 
 @pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape != "doll"])

@@ -90,6 +90,14 @@ def test_a_new_background_has_one_texture():
     assert textures == {TEXTURE}
 
 
+def test_the_picture_of_a_map_has_one_texture_and_that_of_a_picture_many():
+    def seeds(kind):
+        return {make_item("perceive", seed, kind=kind).scenes[-1].seed for seed in range(12)}
+
+    assert seeds("draw depth") == {TEXTURE}
+    assert len(seeds("perceive depth")) == 12
+
+
 def test_a_typical_picture_is_no_empty_one():
     for scene, _ in prompts("counting", 6):
         empty = scene

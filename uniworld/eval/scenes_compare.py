@@ -4,6 +4,7 @@ import cv2
 import numpy as np
 
 MOST = 30.0  # of a colour difference, CIELAB units: that wrong is wrong
+BACKDROP_SEEDS = range(4)  # whose textures a backdrop is looked for with: two of training, both held-out ones
 SOFTNESS_PX = 1.0  # standard deviation of the blur before comparing, at 128 pixels
 
 

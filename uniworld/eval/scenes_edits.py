@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from uniworld.data.scenes.backdrops import NUM_VARIANTS
 from uniworld.data.scenes.descriptions import RELATIONS
 from uniworld.data.scenes.edit_steps import Change
 from uniworld.data.scenes.edits import Edit, edit_mask
@@ -32,9 +31,9 @@ from uniworld.data.scenes.graph import (
     pose_name,
     row,
 )
-from uniworld.data.scenes.render import render
+from uniworld.data.scenes.render import picture_of, render
 from uniworld.data.scenes.sampling import in_picture
-from uniworld.eval.scenes_compare import difference, fitted, lab, psnr
+from uniworld.eval.scenes_compare import BACKDROP_SEEDS, difference, fitted, lab, psnr
 
 CLEARLY = 0.75  # of the distance to what was before, at most so much may be left to what was asked
 VISIBLE = 3.0  # colour difference between two drawn scenes from which on a pixel tells them apart
@@ -121,7 +120,7 @@ class _View:
         self.fine, self.coarse = lab(self.picture), lab(fitted(self.picture, COARSE_PX))
 
     def drawn(self, scene: Scene) -> np.ndarray:
-        return render(scene, self.size_px).image
+        return picture_of(scene, self.size_px)
 
     def unlike(self, scene: Scene) -> np.ndarray:
         """Colour difference between picture and scene, float32 [H, W]."""
@@ -131,7 +130,7 @@ class _View:
         return min(scenes, key=lambda scene: float(self.unlike(scene).sum()))
 
     def nearest_coarse(self, scenes: Iterable[Scene]) -> Scene:
-        return min(scenes, key=lambda scene: float(difference(self.coarse, lab(render(scene, COARSE_PX).image)).sum()))
+        return min(scenes, key=lambda scene: float(difference(self.coarse, lab(picture_of(scene, COARSE_PX))).sum()))
 
     def clearly(self, scene: Scene, other: Scene) -> bool:
         """Whether the picture is clearly nearer to the one than to the other, where these two differ."""
@@ -167,7 +166,7 @@ def _values(field: str, values: Iterable) -> Callable[[Edit, Change], Iterator[S
 
 def _backgrounds(edit: Edit, _: Change) -> Iterator[Scene]:
     for background in BACKGROUNDS:
-        for seed in range(NUM_VARIANTS):
+        for seed in BACKDROP_SEEDS:
             yield dataclasses.replace(edit.after, background=background, seed=seed)
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from uniworld.data.scenes.graph import COLOURS, LIGHTS, MATERIALS, POSES, SHAPES, SIZES, Scene, gap
-from uniworld.data.scenes.render import render
+from uniworld.data.scenes.render import picture_of, render
 from uniworld.eval import scenes_search
 from uniworld.eval.scenes_compare import MOST, difference, fitted, lab
 
@@ -84,11 +84,14 @@ class _Fit:
     def __init__(self, picture: np.ndarray, scene: Scene):
         self.picture, self.scene = picture, scene
         self.seen = lab(fitted(picture, FIT_PX))
+        self._errors_of: dict[Scene, float] = {}  # of all that were drawn: more than a quarter come again
         self.error = self.error_of(scene)
 
     def error_of(self, scene: Scene) -> float:
         """Colour difference to the picture, summed over FIT_PX pixels."""
-        return float(difference(self.seen, lab(render(scene, FIT_PX).image)).sum())
+        if scene not in self._errors_of:
+            self._errors_of[scene] = float(difference(self.seen, lab(picture_of(scene, FIT_PX))).sum())
+        return self._errors_of[scene]
 
     def add_all(self, effort: Effort = QUICK) -> None:
         while len(self.scene.things) < MAX_THINGS and self.add(effort):
@@ -96,7 +99,7 @@ class _Fit:
 
     def add(self, effort: Effort = QUICK) -> bool:
         """Add the thing that explains most; False where none explains enough."""
-        drawn = render(self.scene, SIZE_PX).image
+        drawn = picture_of(self.scene, SIZE_PX)
         tried = []
         for thing in scenes_search.candidates(self.picture, drawn, effort.num_candidates, effort.alike, effort.faint):
             if all(gap(thing, other) >= -MAX_OVERLAP for other in self.scene.things):
@@ -214,7 +217,7 @@ class _Fit:
 
     def _everywhere(self) -> float:
         """The colour difference of the whole picture: what a model draws is not sharp, or a little off in tone."""
-        return float(np.median(difference(self.seen, lab(render(self.scene, FIT_PX).image))))
+        return float(np.median(difference(self.seen, lab(picture_of(self.scene, FIT_PX)))))
 
     def _errors(self, scene: Scene) -> list[float]:
         """The mean colour difference where each thing is; infinite for one that does not show."""

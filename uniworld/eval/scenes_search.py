@@ -7,7 +7,7 @@ from functools import cache
 import cv2
 import numpy as np
 
-from uniworld.data.scenes import backdrops, solids
+from uniworld.data.scenes import solids
 from uniworld.data.scenes.graph import (
     BACKGROUNDS,
     COLOURS,
@@ -20,9 +20,9 @@ from uniworld.data.scenes.graph import (
     Scene,
     Thing,
 )
-from uniworld.data.scenes.render import geometry, render
+from uniworld.data.scenes.render import geometry, picture_of, render
 from uniworld.data.scenes.sampling import in_picture
-from uniworld.eval.scenes_compare import difference, fitted, lab
+from uniworld.eval.scenes_compare import BACKDROP_SEEDS, difference, fitted, lab
 
 COUNTED = 0.6  # of the pixels, those most like a backdrop: the others may show things
 MOST_UNLIKE = 15.0  # mean colour difference of a picture to its backdrop; beyond, it shows none
@@ -69,10 +69,10 @@ def _backdrops() -> tuple[list[Scene], np.ndarray]:
         Scene(things=(), background=background, light=light, seed=seed)
         for background in BACKGROUNDS
         for light in LIGHTS
-        for seed in range(backdrops.NUM_VARIANTS)
+        for seed in BACKDROP_SEEDS
     ]
     scenes.append(Scene(things=(), background=PLAIN))
-    return scenes, np.stack([_small(render(scene, 128).image) for scene in scenes])
+    return scenes, np.stack([_small(picture_of(scene, 128)) for scene in scenes])
 
 
 def _small(picture: np.ndarray) -> np.ndarray:

@@ -9,7 +9,10 @@ from uniworld.data.scenes import camera
 from uniworld.data.scenes.graph import PLAIN
 from uniworld.data.scenes.solids import linear
 
-NUM_VARIANTS = 4  # of each backdrop's texture; the scene's seed chooses
+# Textures of each backdrop. Training scenes have even seeds and held-out ones odd seeds, so that no texture is in both;
+# of two, which training had at first, a model learns what they look like and not to copy what a picture shows.
+TRAIN_TEXTURES, HELD_OUT_TEXTURES = 32, 2
+KEPT_PX, NUM_KEPT, NUM_KEPT_LARGE = 256, 320, 64  # pictures of backdrops kept in memory, small ones and larger ones
 
 
 @dataclass(frozen=True)
@@ -26,10 +29,19 @@ class Backdrop:
     bend: float
 
 
-@lru_cache(maxsize=128)
-def backdrop(name: str, variant: int, size_px: int) -> Backdrop:
-    """The backdrop of this name as the camera sees it, and the variant's texture."""
-    ground = _Ground(size_px, seed=1 + variant)
+def texture_of(seed: int) -> int:
+    """The texture in a scene of this seed: even in training, odd in held-out scenes."""
+    is_held_out = seed % 2
+    return 2 * (seed // 2 % (HELD_OUT_TEXTURES if is_held_out else TRAIN_TEXTURES)) + is_held_out
+
+
+def backdrop(name: str, texture: int, size_px: int) -> Backdrop:
+    """The backdrop of this name, with this texture, as the camera sees it."""
+    return (_paint if size_px <= KEPT_PX else _paint_large)(name, texture, size_px)
+
+
+def _painted(name: str, texture: int, size_px: int) -> Backdrop:
+    ground = _Ground(size_px, seed=1 + texture)
     floor, wall = _PAINTERS[name](ground)
     colours = np.where(ground.on_floor[..., None], floor, wall)
     albedo = linear(np.clip(colours, 0, 255)).reshape(size_px, STEPS, size_px, STEPS, 3).mean((1, 3))
@@ -44,6 +56,10 @@ def backdrop(name: str, variant: int, size_px: int) -> Backdrop:
         wall_lit=name in ("studio", "wood table", "tiles"),
         bend=0.0 if has_seam(name) else STUDIO_BEND,
     )
+
+
+_paint = lru_cache(maxsize=NUM_KEPT)(_painted)
+_paint_large = lru_cache(maxsize=NUM_KEPT_LARGE)(_painted)
 
 
 def has_seam(name: str) -> bool:

@@ -1,5 +1,6 @@
 """Perception both ways: from a picture to its map, and from a map with a caption to the picture."""
 
+import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +12,7 @@ from uniworld.data.scenes.graph import Scene
 from uniworld.data.scenes.perception import TASKS, draw
 from uniworld.data.scenes.render import render
 from uniworld.data.scenes.sampling import sample_scene
+from uniworld.data.scenes.typical import TEXTURE
 from uniworld.data.scenes.wording import Wording
 
 POINTING = ("segment", "detect")  # tasks that are about certain things, drawn on the picture: no maps to start from
@@ -50,6 +52,8 @@ def make_perception(kind: str, rng: np.random.Generator, words: Wording, split: 
     make = with_doll if task == "pose" else sample_scene
     while True:
         scene = make(rng, split=split, num_things=number)
+        if way == "draw":  # no map shows the texture
+            scene = dataclasses.replace(scene, seed=TEXTURE)
         if task not in POINTING:
             slots = {"caption": short_caption(scene, words, background=True)} if way == "draw" else {}
             instruction = words.sentence(words.fill(kind, **slots))

@@ -37,18 +37,29 @@ def render(scene: Scene, size_px: int = 128) -> Rendered:
     """
     check_size(size_px)
     tables = solids.tables(scene)
+    image = _image(scene, tables, size_px)
+    ids, depth, normal, _ = geometry(tables, size_px)
+    joints = {index: _in_picture(points, size_px) for index, points in tables.joints.items()}
+    return Rendered(scene, image, ids, depth, normal, joints)
+
+
+def picture_of(scene: Scene, size_px: int = 128) -> np.ndarray:
+    """The image of `render` alone, in less time: uint8 [H, W, 3]. Raises: as `render`."""
+    check_size(size_px)
+    return _image(scene, solids.tables(scene), size_px)
+
+
+def _image(scene: Scene, tables: solids.Tables, size_px: int) -> np.ndarray:
     light, floor_rays, solid_rays = surfaces.light_rows(scene.light)
     eye = (view(), view_rays(size_px, 2), view_rays(size_px, 1))
-    backdrop = backdrops.backdrop(scene.background, scene.seed % backdrops.NUM_VARIANTS, size_px)
+    backdrop = backdrops.backdrop(scene.background, backdrops.texture_of(scene.seed), size_px)
     around = _around(light, backdrop)
     draw = _draw_core if extension.has("scene_picture") else shading.picture
     image = draw(tables, *eye, light, floor_rays, solid_rays, around, backdrop.albedo, surfaces.srgb_table())
     if scene.background == PLAIN:
         image = _on_white(image, tables, size_px)
-    ids, depth, normal, _ = geometry(tables, size_px)
-    joints = {index: _in_picture(points, size_px) for index, points in tables.joints.items()}
     lines = fine_contours(scene, size_px, thick=False) if scene.style in styles.NEED_LINES else None
-    return Rendered(scene, styles.apply(scene.style, image, lines), ids, depth, normal, joints)
+    return styles.apply(scene.style, image, lines)
 
 
 def _on_white(image: np.ndarray, tables: solids.Tables, size_px: int) -> np.ndarray:
