@@ -1,11 +1,12 @@
 """One rank of the runs that `test_train_sharding` looks at: torchrun sharded_worker.py CASES.json OUTPUT_DIR
 
-A case is {"id", "stage", "sharding", "optim", "poisoned": {step: what}}; rank 0 writes OUTPUT_DIR/results.json and the
-trained parameters of each case as OUTPUT_DIR/ID.safetensors.
+A case is {"id", "stage", "sharding", "optim", "poisoned": {step: what}, "without_pictures": [number of a batch]}; rank
+0 writes OUTPUT_DIR/results.json and the trained parameters of each case as OUTPUT_DIR/ID.safetensors.
 """
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import deepspeed
@@ -19,9 +20,11 @@ from uniworld.train.step import draw
 STEPS = 4
 
 
-def draws(config, number):
+def draws(config, number, without_pictures=()):
     """Batch `number` with its draws; numbers go over steps, micro-batches and ranks, so any split sees the same."""
     batch = small_batch(config, number)
+    if number in without_pictures:
+        batch = replace(batch, siglip_states=None)
     return batch, draw(batch, config.flow, torch.Generator().manual_seed(1000 + number))
 
 
@@ -53,7 +56,8 @@ def run(case, world):
         masters = [s.tensor.clone() for s in sharded.slices()]
         total = 0.0
         for micro in range(accumulated):
-            batch, drawn = draws(config, (step * accumulated + micro) * world.size + world.rank)
+            number = (step * accumulated + micro) * world.size + world.rank
+            batch, drawn = draws(config, number, case.get("without_pictures", ()))
             batch = batch.to(world.device, sharded.dtype)
             loss = sharded(batch, drawn.latents, drawn.noise, drawn.sigma)
             if str(step) in poisoned and world.rank == world.size - 1 and micro == 0:

@@ -30,9 +30,11 @@ def case(name, stage, zero_stage, *, dtype="fp32", **more):
 
 # A tenth of the norms that come, and an eps beside which the size of a gradient shows in AdamW's step.
 CLIPPED = {"clip_norm": 0.03, "eps": 1e-3}
+WITHOUT_PICTURES = (1, 4, 5)  # the second rank's batch of the first step, and both of the third
 POISONED = {"1": "nan", "2": "inf"}
 TWO_RANKS = [
     *(case(f"{stage}-zero{z}", stage, z) for stage in STAGES for z in (1, 2, 3)),
+    *(case(f"wordy-zero{z}", "stage2", z, without_pictures=WITHOUT_PICTURES) for z in (1, 2, 3)),
     *(case(f"bf16-zero{z}", "stage2", z, dtype="bf16", sharding=TWICE_RECOMPUTED) for z in (1, 2, 3)),
     *(case(f"recomputed-zero{z}", "stage2", z, sharding={"checkpoint_blocks": RECOMPUTED}) for z in (2, 3)),
     *(case(f"clipped-zero{z}", "stage2", z, optim=CLIPPED) for z in (1, 2, 3)),
@@ -87,7 +89,7 @@ def one_rank(tmp_path_factory):
 
 
 @functools.cache
-def reference(stage, accumulated=1, optimizer="adamw", **optim):
+def reference(stage, accumulated=1, optimizer="adamw", without_pictures=(), **optim):
     """Two ranks' training in plain torch: losses, norms of the gradient before clipping, trained parameters."""
     config = small_config(stage, optim=optim)
     model = small_model(config)
@@ -104,7 +106,7 @@ def reference(stage, accumulated=1, optimizer="adamw", **optim):
     losses, norms = [], []
     for step in range(STEPS):
         numbers = range(step * 2 * accumulated, (step + 1) * 2 * accumulated)
-        parts = [(batch, d) for batch, d in (draws(config, number) for number in numbers)]
+        parts = [(batch, d) for batch, d in (draws(config, number, without_pictures) for number in numbers)]
         loss = sum(model(batch, d.latents, d.noise, d.sigma) for batch, d in parts) / len(parts)
         optimizer.zero_grad()
         loss.backward()
@@ -129,6 +131,13 @@ def assert_equal_training(got, expected, rel=1e-4, atol=2e-5):
 @pytest.mark.parametrize("stage", STAGES)
 def test_two_ranks_train_as_plain_torch_does(two_ranks, stage, zero_stage):
     assert_equal_training(two_ranks[f"{stage}-zero{zero_stage}"], reference(stage))
+
+
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+def test_a_rank_whose_batch_shows_no_picture_reduces_with_the_others(two_ranks, zero_stage):
+    expected = reference("stage2", without_pictures=WITHOUT_PICTURES)
+    assert_equal_training(two_ranks[f"wordy-zero{zero_stage}"], expected)
+    assert expected[0] != reference("stage2")[0]
 
 
 def distance(parameters, dtype=torch.float32):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from uniworld.kernels.flow_noise import flow_noise
 from uniworld.kernels.region_mse import region_mse
-from uniworld.models.conditioning import Conditioning, assemble, layout_text
+from uniworld.models.conditioning import Conditioning, TextLayout, assemble, layout_text
 from uniworld.models.connectors import Connector
 from uniworld.models.flow import LATENT_SCALE, image_ids, pack, unpack
 from uniworld.models.flux import FluxTransformer
@@ -166,6 +166,8 @@ class TrainModel(nn.Module):
             num_siglip_tokens=0 if siglip is None else siglip.shape[1],
             num_t5_tokens=0 if t5 is None else t5.shape[1],
         )
+        if siglip is None and self._references_learn:
+            siglip, layout = self._no_reference(batch.vlm_states, layout)
         return assemble(
             layout,
             vlm_states=batch.vlm_states if self.queries is None else self.queries(self.states_after, batch.prompt),
@@ -175,6 +177,17 @@ class TrainModel(nn.Module):
             t5_states=t5,
             pooled=batch.pooled,
         )
+
+    @property
+    def _references_learn(self) -> bool:
+        learns = any(parameter.requires_grad for parameter in self.reference_projector.parameters())
+        return learns and torch.is_grad_enabled()
+
+    def _no_reference(self, like: Tensor, layout: TextLayout) -> tuple[Tensor, TextLayout]:
+        """A state that goes nowhere, for a batch without pictures: its connector then has gradients, of zero, as that
+        of a rank whose batch has some. Ranks that reduce different tensors hang, or die."""
+        states = like.new_zeros(1, 1, self.reference_projector[0].in_features)
+        return states, replace(layout, siglip_rows=torch.tensor([-1]))
 
 
 def combined_weight(region_weight: Tensor | None, level_weight: Tensor | None, latents: Tensor) -> Tensor | None:
