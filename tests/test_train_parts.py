@@ -257,27 +257,6 @@ def test_redux_goes_on_from_a_whole_model(parts, tmp_path):
         part_config("redux", tmp_path, own, tmp_path, "words_share=1.0")
 
 
-def test_redux_lets_more_heads_copy(parts, tmp_path, monkeypatch):
-    """What they do is tested on an attention of known heads (test_copying.py): here that nothing else is touched."""
-    monkeypatch.setattr("uniworld.train.parts.redux.NUM_READ", 4)
-    shutil.copytree(parts, tmp_path, dirs_exist_ok=True)
-    own = ROOT / "weights" / "tiny" / "words"
-    make_part(part_config("semantic_encoder", tmp_path, own, tmp_path)).export(tmp_path / "semantic_encoder" / "model")
-    changes = f"start={tiny.PACKAGED}", "words_share=0", "copying_heads=2"
-    part = make_part(part_config("redux", tmp_path / "redux", own, tmp_path, *changes))
-    theirs = dict(load_denoiser(tiny.PACKAGED, dtype=torch.float32).denoiser.named_parameters())
-    changed = {name for name, p in part.module.denoiser.named_parameters() if not torch.equal(p, theirs[name])}
-    linears = "to_qkv", "add_qkv_proj", "to_out.0", "to_add_out"
-    block = "transformer_blocks.0.attn"
-    assert {name.removesuffix(".weight") for name in changed if name.endswith("weight")} == {
-        f"{block}.{linear}" for linear in linears
-    }
-    assert all(name.startswith(block) for name in changed)
-    for changes in (("copying_heads=2",), (f"start={tiny.PACKAGED}", "copying_heads=7")):
-        with pytest.raises(ValueError, match=r"copying_heads=\d: (is of part redux with start|must be from 1 to 6)"):
-            make_part(part_config("redux", tmp_path / "redux", own, tmp_path, *changes))
-
-
 def test_the_language_connector_learns_to_give_what_the_semantic_one_gives(words, parts, tmp_path):
     """Of the tokens of an edit's picture what the semantic connector gives of the wanted one at the same places."""
     shutil.copytree(parts, tmp_path, dirs_exist_ok=True)

@@ -45,8 +45,6 @@ class PartConfig:
     """Of part vlm: items that it learns to see, to point in and to plan edits of, before it learns to answer."""
     words_share: float = 0.25
     """Of part redux: how much of a batch is drawn from words; the rest from semantic states."""
-    copying_heads: int = 0
-    """Of part redux with `start`: so many more heads of the first block look where the one that copies does."""
     plain_items: int = 0
     """Of part base: items after which guidance is learned."""
     num_workers: int | None = None
@@ -75,8 +73,6 @@ class PartConfig:
             raise ValueError(f"start={self.start}: only parts {allowed} start from exported weights, not {self.part}")
         if self.decoder_only and (self.part != "vae" or self.start is None):
             raise ValueError("decoder_only=True: is of part vae with start, whose encoder is kept")
-        if self.copying_heads and (self.part != "redux" or self.start is None):
-            raise ValueError(f"copying_heads={self.copying_heads}: is of part redux with start, where a head copies")
         if self.num_workers is not None and self.num_workers < 0:
             raise ValueError(f"num_workers={self.num_workers}: must be at least 0")
 

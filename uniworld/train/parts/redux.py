@@ -26,12 +26,10 @@ from uniworld.checkpoint.weights import Plan, fill, module_targets, read_headers
 from uniworld.config import FlowConfig
 from uniworld.data.scenes.tasks import Item
 from uniworld.models.connectors import Connector
-from uniworld.models.flow import pack
 from uniworld.models.siglip import SemanticEncoder
 from uniworld.train.noise import draw_sigma
 from uniworld.train.parts.base import NO_POOLED_RATE, TextToImage, thing_weights
 from uniworld.train.parts.config import PartConfig
-from uniworld.train.parts.copying import add_copying_heads
 from uniworld.train.parts.sizes import HIDDEN, SIGLIP, SIGLIP_PREPROCESSOR
 from uniworld.train.parts.trained import fill_encoder, trained
 from uniworld.train.parts.vae import DIFFUSERS_STEM
@@ -40,7 +38,6 @@ FLOW = FlowConfig(logit_mean=3.5, logit_std=2.0)  # as in stage 2: near pure noi
 NUM_TOKENS = (SIGLIP["image_size"] // SIGLIP["patch_size"]) ** 2
 CONNECTOR = "siglip_projector"
 SCORED_AT_ONCE, SCORED_SIGMA = 32, 0.9
-NUM_READ = 512  # pictures from whose states the values of more copying heads are read
 
 
 class ReduxModel(nn.Module):
@@ -74,8 +71,6 @@ class PictureToImage(TextToImage):
         self.module = ReduxModel(denoiser, connector, t5, clip)
         self.encoder = SemanticEncoder.from_config(read_config(self.siglip_folder), SIGLIP_PREPROCESSOR)
         fill_encoder(self.siglip_folder, self.encoder.model)
-        if config.copying_heads:
-            self._let_more_heads_copy()
 
     def loss(self, batch: dict[str, Tensor], generator: torch.Generator) -> tuple[Tensor, dict[str, float | Tensor]]:
         latents = self._latents(batch, generator)
@@ -97,22 +92,6 @@ class PictureToImage(TextToImage):
         weights = thing_weights(batch["points"]).to(self._device)
         loss = (weights * torch.cat(list(errors.values()))).sum() / weights.sum()
         return loss, {name: error.detach().mean() for name, error in errors.items()}
-
-    @torch.no_grad()
-    def _let_more_heads_copy(self) -> None:
-        made = self._make_items(range(self.config.first_item, self.config.first_item + NUM_READ), "train")
-        batch = self._as_batch(*map(torch.from_numpy, made))
-        generator = torch.Generator().manual_seed(self.config.seed)
-        latents = self._latents(batch, generator)
-        noise, ones = torch.randn(latents.shape, generator=generator), torch.ones(NUM_READ)
-        given = self._seen(batch["states"])
-
-        def loss() -> Tensor:
-            pred, target = self._predict(*given, latents, noise, ones, ones)
-            return (pred - target).square().mean()
-
-        attn = self.module.denoiser.transformer_blocks[0].attn
-        add_copying_heads(attn, loss, pack(latents), self.config.copying_heads)
 
     @torch.no_grad()
     def score(self) -> dict[str, float]:
