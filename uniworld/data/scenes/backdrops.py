@@ -89,6 +89,7 @@ NEAR_Z = -1.4  # of the floor at the bottom of the picture
 PLANK, TILE = 0.62, 0.95  # widths, world units
 BEACH_HORIZON = 0.8  # height on the wall
 STEPS = 2  # points a pixel, each way
+GRID = 128  # random values each way, between which noise goes over; a power of two, for the sake of speed
 
 
 class _Ground:
@@ -107,18 +108,19 @@ class _Ground:
         along = np.minimum(to_floor, to_wall)
         self.x, self.z = px + along * ray[..., 0], pz + along * ray[..., 2]
         self.y = np.where(self.on_floor, 0.0, py + along * ray[..., 1])
-        self.grid = np.random.default_rng(seed).random((128, 128))
+        self.grid = np.random.default_rng(seed).random((GRID, GRID))
         self.shift = seed * 17.3
 
     def noise(self, a: np.ndarray, b: np.ndarray, layer: int = 0) -> np.ndarray:
         """Smooth noise from -1 to 1 with features of about one unit of a and b."""
         a, b = a + self.shift + 31.7 * layer, b + 11.3 * layer + 40
-        i, j = np.floor(a).astype(np.int64), np.floor(b).astype(np.int64)
+        i, j = np.floor(a), np.floor(b)
         f, g = a - i, b - j
         f, g = f * f * (3 - 2 * f), g * g * (3 - 2 * g)
-        corner = [[self.grid[(i + p) % 128, (j + q) % 128] for q in (0, 1)] for p in (0, 1)]
-        top = corner[0][0] * (1 - g) + corner[0][1] * g
-        bottom = corner[1][0] * (1 - g) + corner[1][1] * g
+        rows, columns = ((k.astype(np.int32), k.astype(np.int32) + 1) for k in (i, j))
+        rows, columns = [(k & GRID - 1) * GRID for k in rows], [k & GRID - 1 for k in columns]
+        near, far = ([self.grid.take(row + column, mode="clip") for column in columns] for row in rows)
+        top, bottom = (low * (1 - g) + high * g for low, high in (near, far))
         return 2 * (top * (1 - f) + bottom * f) - 1
 
     def rough(self, a: np.ndarray, b: np.ndarray, octaves: int = 3, layer: int = 0) -> np.ndarray:
@@ -165,7 +167,7 @@ def _wood_table(g: _Ground):
     across = g.x / PLANK - plank
     grain = g.rough(g.x * 9 + plank * 3.7, g.z * 0.7 + plank * 5.1, 3, layer=1)
     rings = g.noise(g.x * 26 + 1.6 * grain, g.z * 1.1 + plank * 2.3, layer=4)
-    tone = 0.5 + 0.32 * grain + 0.14 * rings + 0.3 * (g.grid[(plank % 128).astype(np.int64), 7] - 0.5)
+    tone = 0.5 + 0.32 * grain + 0.14 * rings + 0.3 * (g.grid[(plank % GRID).astype(np.int64), 7] - 0.5)
     seam = np.clip(np.minimum(across, 1 - across) / 0.03, 0, 1)
     floor = _mix((138, 104, 76), (182, 146, 112), tone) * (0.72 + 0.28 * seam)[..., None]
     wall = _mix((176, 178, 168), (198, 198, 188), g.y / 2.6) + 3 * g.rough(g.x * 2, g.y * 2, 3)[..., None]
@@ -202,7 +204,7 @@ def _night(g: _Ground):
     floor = _mix((78, 82, 108), (96, 100, 126), 0.5 + 0.6 * g.rough(g.x * 1.6, g.z * 1.6, 4))
     wall = _mix((74, 78, 116), (26, 30, 62), g.y / 2.4)
     cell_x, cell_y = np.floor(g.x / 0.26), np.floor(g.y / 0.26)
-    pick = [g.grid[(cell_x + k).astype(np.int64) % 128, cell_y.astype(np.int64) % 128] for k in (0, 37, 71)]
+    pick = [g.grid[(cell_x + k).astype(np.int64) % GRID, cell_y.astype(np.int64) % GRID] for k in (0, 37, 71)]
     star = np.hypot(g.x / 0.26 - cell_x - 0.2 - 0.6 * pick[1], g.y / 0.26 - cell_y - 0.2 - 0.6 * pick[2])
     bright = np.where(pick[0] > 0.8, np.clip(1 - star / (0.1 + 0.12 * pick[1]), 0, 1), 0) * np.clip(g.y - 0.5, 0, 1)
     wall = _mix(wall, (240, 240, 225), bright)
@@ -217,7 +219,7 @@ def _tiles(g: _Ground):
     a, b = g.x / TILE + 0.5, g.z / TILE
     i, j = np.floor(a), np.floor(b)
     tone = np.where((i + j) % 2 == 0, 205.0, 166.0) + 8 * (
-        g.grid[i.astype(np.int64) % 128, j.astype(np.int64) % 128] - 0.5
+        g.grid[i.astype(np.int64) % GRID, j.astype(np.int64) % GRID] - 0.5
     )
     tone = tone + 4 * g.rough(g.x * 4, g.z * 4, 3)
     grout = np.minimum(np.minimum(a - i, 1 - a + i), np.minimum(b - j, 1 - b + j)) * TILE
