@@ -27,7 +27,7 @@ FORMATS = ("both", "webdataset", "authors")
 CHAT = "understanding"  # its items have no target picture and are no training samples of the DiT
 SHARD_ITEMS = 500
 MANIFEST = "data.json"
-VERSION = 2  # of what is drawn and said: another one makes other data of the same seed
+VERSION = 3  # of what is drawn and said: another one makes other data of the same seed
 PNG_OPTIONS = [cv2.IMWRITE_PNG_COMPRESSION, 1, cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_RLE]
 
 
