@@ -64,7 +64,7 @@ def planned(tree, ranks):
     """The estimate of a run from precomputed states, as the worker makes it."""
     config = from_dict(TrainConfig, tree)
     shape = batch_shape(config)
-    config = replace(config, data=replace(config.data, precomputed="states"))
+    config = replace(config, data=replace(config.data, precomputed=("states",)))
     return estimate(config, ranks, Sizes(model=SHAPE), shape)
 
 

@@ -40,7 +40,7 @@ def make_config(data, stage="stage2", dtype="fp32", **settings):
 
 
 def cached(config, folder):
-    return replace(config, data=replace(config.data, sources=(), precomputed=str(folder)))
+    return replace(config, data=replace(config.data, sources=(), precomputed=(str(folder),)))
 
 
 @pytest.fixture(scope="module")
@@ -351,11 +351,34 @@ def test_the_digest_sees_names_shapes_and_values(tmp_path):
 
 def test_another_data_list_is_refused(made, tmp_path):
     config, folder = made
-    with_sources = replace(cached(config, folder), data=replace(config.data, precomputed=str(folder)))
+    with_sources = replace(cached(config, folder), data=replace(config.data, precomputed=(str(folder),)))
     PrecomputedLoader(with_sources)
     other = make_config(write_authors(tmp_path / "other", [1, 0]))
     with pytest.raises(ValueError, match="the data list is"):
         PrecomputedLoader(replace(with_sources, data=replace(with_sources.data, sources=other.data.sources)))
+
+
+def test_two_caches_are_read_as_their_sources_would_be(tmp_path, parts):
+    first = write_authors(tmp_path / "a", [1, 0, 2, 1, 1], sizes=SIZES)
+    second = write_authors(tmp_path / "b", [0, 1, 1, 2, 1, 1, 0], sizes=SIZES)
+    broken = tmp_path / "b" / "edits-images" / "3.png"
+    broken.write_bytes(broken.read_bytes()[:80])  # the header still gives its size
+    configs = [make_config(data, drop_prompt_rate=0.4, max_bad_share=0.5) for data in (first, second)]
+    folders = tuple(
+        str(precompute(config, tmp_path / name, samples_per_shard=3, show_loading=False).folder)
+        for config, name in zip(configs, ("states_a", "states_b"))
+    )
+    weighted = [replace(config.data.sources[0], weight=w) for config, w in zip(configs, (0.3, 0.7))]
+    both = replace(configs[0], data=replace(configs[0].data, sources=tuple(weighted)))
+    loader, live = live_batches(both, parts)
+    stored = PrecomputedLoader(replace(both, data=replace(both.data, precomputed=folders)))
+    for _ in range(24):
+        wanted, found = next(live), next(stored)
+        assert wanted.sample_ids == found.sample_ids
+        assert torch.equal(wanted.vlm_states, found.vlm_states)
+    assert loader.bad.state_dict() == stored.bad.state_dict() and loader.bad.count > 0
+    with pytest.raises(ValueError, match="states_b.*: does not fit this config .the data list is"):
+        PrecomputedLoader(replace(both, data=replace(both.data, precomputed=folders[1:])))
 
 
 def test_bad_samples_are_counted_as_live(tmp_path, parts):

@@ -68,8 +68,8 @@ class DataConfig:
 
     sources: tuple[SourceConfig, ...] = ()
     """At least one, unless `precomputed` is given."""
-    precomputed: str | None = None
-    """Folder written by `uniworld precompute`; replaces `sources` and the encoders."""
+    precomputed: tuple[str, ...] | None = None
+    """Folders written by `uniworld precompute`, one or a list; they replace `sources` and the encoders."""
     anchor_px: int = 512 * 512
     """Area of the target pictures in pixels."""
     num_ratios: Literal[1, 5, 7, 9, 11] = 11
@@ -272,7 +272,7 @@ class TrainConfig:
             raise ValueError(f"stage.patterns={list(self.stage.patterns)}: go with preset custom, and only with it")
         if self.stage.preset == "lora" and self.model.lora_rank is None:
             raise ValueError("stage.preset=lora: needs model.lora_rank")
-        if self.data.precomputed is not None and self.model.needs_live_encoding:
+        if self.data.precomputed and self.model.needs_live_encoding:
             raise ValueError("data.precomputed: model.references=vae and model.num_queries need live encoding")
         if self.validation.images and len(self.validation.images) != len(self.validation.prompts):
             raise ValueError("validation.images: give one a prompt, or none")
@@ -288,8 +288,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
 
 def read_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """The nested dicts of a YAML file with `a.b=value` overrides applied."""
-    path = Path(path)
-    if not path.is_file():
+    if not (path := Path(path)).is_file():
         raise FileNotFoundError(f"{path}: no such config file")
     try:
         tree = yaml.safe_load(path.read_text()) or {}
@@ -380,6 +379,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
 
 
 def _convert_tuple(args: tuple, value: Any, where: str) -> tuple:
+    value = (value,) if isinstance(value, str) and args == (str, ...) else value  # one text for a list of it
     if not isinstance(value, (list, tuple)):
         raise ValueError(f"{where}={value!r}: must be a list")
     if args[-1] is Ellipsis:

@@ -19,7 +19,7 @@ from uniworld.train.blocks import prepare_blocks
 from uniworld.train.encode import Encoders
 from uniworld.train.lora import add_lora
 from uniworld.train.model import EncodedBatch, TrainModel
-from uniworld.train.precomputed import PrecomputedLoader, open_cache
+from uniworld.train.precomputed import PrecomputedLoader, open_caches
 from uniworld.train.sharding import DTYPES, World
 from uniworld.train.stages import freeze_except, inserts_siglip, patterns_of
 from uniworld.train.variants import apply_variant, variant_model
@@ -47,8 +47,8 @@ class Batches:
 
 def check(config: TrainConfig) -> None:
     """Find out before 20 GB are loaded that there is nothing to train on. Raises: ValueError, FileNotFoundError."""
-    if config.data.precomputed is not None:
-        open_cache(config)
+    if config.data.precomputed:
+        open_caches(config)
         return
     if not config.data.sources:
         raise ValueError("data.sources: must name at least one source, or data.precomputed a cache")
@@ -67,7 +67,7 @@ def load_parts(config: TrainConfig, world: World, shown: bool = False) -> UniWor
     """
     model = config.model
     draws = config.validation.every_steps > 0 and (world.rank == 0 or config.sharding.zero_stage == 3)
-    if config.data.precomputed is not None and not draws:
+    if config.data.precomputed and not draws:
         denoiser_parts = load_denoiser(
             model.path,
             device=world.device,
@@ -109,7 +109,7 @@ def open_batches(
 ) -> Batches:
     """Batches of this rank, encoded as they come or read from precomputed states; `shown` as of `load_parts`."""
     bad_log = Path(config.run_dir) / f"bad_samples_rank{world.rank}.jsonl"
-    if config.data.precomputed is not None:
+    if config.data.precomputed:
         cached = PrecomputedLoader(config, rank=world.rank, world_size=world.size, bad_log=bad_log)
         return Batches(cached, lambda batch: batch.to(parts.device, parts.dtype), lambda: cached.bad.count)
     use_siglip = inserts_siglip(config.stage)

@@ -168,8 +168,8 @@ def candidates(config: TrainConfig, gpus: int) -> Iterator[TrainConfig]:
     """The config as it is, then changes that save memory, in the order of what they cost in speed."""
     yield config
     bases = [config]
-    if config.data.precomputed is None:
-        bases.append(replace(config, data=replace(config.data, precomputed="(states)")))
+    if not config.data.precomputed:
+        bases.append(replace(config, data=replace(config.data, precomputed=("(states)",))))
     sharding, splits = config.sharding, [config.sharding]
     if gpus > 1 and sharding.zero_stage < 3 and not sharding.offload_optimizer:
         splits.append(replace(sharding, zero_stage=3))
@@ -251,7 +251,7 @@ def batch_of(config: TrainConfig, sizes: Sizes) -> BatchShape:
 
 def encoder_bytes(config: TrainConfig, sizes: Sizes) -> int:
     """Weights of the frozen encoders; none where states are precomputed. The semantic encoder is always loaded."""
-    if config.data.precomputed is not None:
+    if config.data.precomputed:
         return 0
     count = sizes.vlm + sizes.siglip + sizes.clip + sizes.vae + (sizes.t5 if config.model.use_t5 else 0)
     return count * DTYPES[config.sharding.dtype].itemsize
@@ -299,7 +299,7 @@ def _step_bytes(config: TrainConfig, T: int, c: int, N: int) -> int:
 
 
 def _encoding_bytes(config: TrainConfig, sizes: Sizes, batch: BatchShape) -> int:
-    if config.data.precomputed is not None:
+    if config.data.precomputed:
         return 0
     dtype = DTYPES[config.sharding.dtype]
     return _encoding_peak(sizes.vae_channels, sizes.vae_groups, sizes.vae_layers, batch, dtype)

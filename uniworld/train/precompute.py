@@ -88,8 +88,8 @@ def precompute(
         ValueError: the folder holds a cache of something else, which the message names; or too many bad samples.
         OSError: the disk is full; complete shards stay.
     """
-    if config.data.precomputed is not None:
-        raise ValueError(f"data.precomputed={config.data.precomputed}: must not be set here; name data.sources")
+    if config.data.precomputed:
+        raise ValueError(f"data.precomputed={','.join(config.data.precomputed)}: must not be set here; name data.sources")
     if config.model.needs_live_encoding:
         raise ValueError("model.references=vae and model.num_queries need live encoding; nothing is to be precomputed")
     if samples_per_shard < 1:

@@ -1,7 +1,8 @@
 """Reads what `uniworld precompute` stored: batches of encoder states in the order of live training.
 
 A cache is a folder of shards that nothing but their number places: sample `n`, if usable the k-th, lies in shard
-`k // samples_per_shard`. `manifest.json` says what it was made of, `index.npz` what the loader plans with.
+`k // samples_per_shard`. `manifest.json` says what it was made of, `index.npz` what the loader plans with. Several of
+the same encoders and settings are read as one, their samples numbered through as those of their sources would be.
 
 Letters: B batch, L VLM tokens, N samples.
 """
@@ -74,25 +75,79 @@ class Cache:
         return [number for number in range(self.num_shards) if self.shard(number).name not in here]
 
 
-def open_cache(config: TrainConfig) -> Cache:
-    """The cache that `config.data.precomputed` names.
+@dataclass(frozen=True)
+class Caches:
+    """Caches that are read as one, in this order."""
+
+    parts: tuple[Cache, ...]
+
+    @cached_property
+    def starts(self) -> np.ndarray:
+        """[parts + 1], the number of each one's first sample, and of all."""
+        return np.cumsum([0, *(len(part.arrays["rows"]) for part in self.parts)])
+
+    @property
+    def index(self) -> SampleIndex:
+        bad = {start + n: sample for part, start in self._numbered for n, sample in part.index.bad.items()}
+        return SampleIndex(self.array("rows"), bad)
+
+    @property
+    def groups(self) -> list[tuple[int, int, float]]:
+        """(first, end, weight) of each source."""
+        groups = [(start, group) for part, start in self._numbered for group in part.manifest["groups"]]
+        return [(start + first, start + end, weight) for start, (first, end, weight) in groups]
+
+    @property
+    def samples_of_source(self) -> Counter[str]:
+        return sum((Counter(part.manifest["samples_of_source"]) for part in self.parts), Counter())
+
+    @property
+    def data_list(self) -> list[str]:
+        """As `data_fingerprint` of all sources."""
+        return [source for part in self.parts for source in part.manifest["fingerprint"]["the data list"]]
+
+    def array(self, name: str) -> np.ndarray:
+        return np.concatenate([part.arrays[name] for part in self.parts])
+
+    def locate(self, number: int) -> tuple[int, int]:
+        """Which of the parts a sample lies in, and its number there."""
+        part = int(np.searchsorted(self.starts, number, side="right")) - 1
+        return part, number - int(self.starts[part])
+
+    @property
+    def _numbered(self) -> list[tuple[Cache, int]]:
+        return list(zip(self.parts, self.starts.tolist()))
+
+
+def open_caches(config: TrainConfig) -> Caches:
+    """The caches that `config.data.precomputed` names.
 
     Raises:
-        FileNotFoundError: there is none, or it is not finished.
-        ValueError: it was made with other encoders, settings or data, which the message names.
+        FileNotFoundError: one is not there, or not finished.
+        ValueError: one was made with other encoders, settings or data, which the message names.
     """
-    folder = Path(config.data.precomputed)
-    where = f"data.precomputed={folder}"
+    caches = Caches(tuple(_open_cache(Path(folder)) for folder in config.data.precomputed))
+    for cache in caches.parts:
+        fingerprint = cache.manifest["fingerprint"] | {"the data list": caches.data_list}
+        check_fingerprint(fingerprint, config, _where(cache.folder))
+    return caches
+
+
+def _open_cache(folder: Path) -> Cache:
+    where = _where(folder)
     if not (folder / MANIFEST).is_file():
         raise FileNotFoundError(f"{where}: holds no {MANIFEST}; make it with: uniworld precompute CONFIG -o {folder}")
     cache = Cache(folder)
-    check_fingerprint(cache.manifest["fingerprint"], config, where)
     if missing := cache.missing_shards():
         done = cache.num_shards - len(missing)
         raise FileNotFoundError(
             f"{where}: is not finished, {done} of {cache.num_shards} shards are there; run uniworld precompute again"
         )
     return cache
+
+
+def _where(folder: Path) -> str:
+    return f"data.precomputed={folder}"
 
 
 def check_fingerprint(cached: dict[str, Any], config: TrainConfig, where: str) -> None:
@@ -110,48 +165,50 @@ def data_fingerprint(dataset: Dataset) -> list[str]:
 
 
 class PrecomputedLoader(Loader):
-    """`Loader` over a cache: the same order, buckets, balance and position, and batches of states.
+    """`Loader` over caches: the same order, buckets, balance and position, and batches of states.
 
     Args: as of `Loader`.
-    Raises: as `open_cache`.
+    Raises: as `open_caches`.
     """
 
     def __init__(self, config: TrainConfig, *, rank: int = 0, world_size: int = 1, bad_log: Path | None = None):
         if not 0 <= rank < world_size:
             raise ValueError(f"rank={rank}: must be from 0 to {world_size - 1}")
         self.config, self.rank, self.world_size = config, rank, world_size
-        cache = open_cache(config)
-        self.index, manifest = cache.index, cache.manifest
+        caches = open_caches(config)
+        self.index, groups = caches.index, caches.groups
         self.bad = BadSamples(config.data.max_bad_share, bad_log)
-        unusable = list(self.index.bad.values())
-        self.bad.record_unusable(Counter(manifest["samples_of_source"]), unusable, quiet=rank > 0)
-        groups = [tuple(group) for group in manifest["groups"]]
+        self.bad.record_unusable(caches.samples_of_source, list(self.index.bad.values()), quiet=rank > 0)
         if config.data.sources:
             groups = [(first, end, s.weight) for (first, end, _), s in zip(groups, config.data.sources)]
-        tokens = cache.arrays["tokens_siglip" if inserts_siglip(config.stage) else "tokens"]
-        self._begin(CachedReader(cache, config), groups, cache.arrays["buckets"], tokens)
+        tokens = caches.array("tokens_siglip" if inserts_siglip(config.stage) else "tokens")
+        self._begin(CachedReader(caches, config), groups, caches.array("buckets"), tokens)
 
 
 class CachedReader(Reader):
     """Reads planned batches from the shards; opens files in the process that uses them."""
 
-    def __init__(self, cache: Cache, config: TrainConfig):
+    def __init__(self, caches: Caches, config: TrainConfig):
         super().__init__(config)
-        self.cache = cache
+        self.caches = caches
         self.use_siglip, self.use_t5 = inserts_siglip(config.stage), config.model.use_t5
-        self.pooled = load_file(cache.folder / COMMON)["pooled"]
-        self._open: OrderedDict[int, tuple[Any, dict[str, Any]]] = OrderedDict()
+        self.pooled = load_file(caches.parts[0].folder / COMMON)["pooled"]
+        self._open: OrderedDict[Path, tuple[Any, dict[str, Any]]] = OrderedDict()
 
     def __getitem__(self, items: tuple[tuple[int, int], ...]) -> Loaded:
         parts, bad, num_read = [], [], Counter()
         for number, round in items:
-            shard, records = self._shard(int(self.cache.place[number]) // self.cache.manifest["samples_per_shard"])
-            record = records[str(number)]
+            part, own_number = self.caches.locate(number)
+            cache = self.caches.parts[part]
+            shard, records = self._shard(
+                cache.shard(int(cache.place[own_number]) // cache.manifest["samples_per_shard"])
+            )
+            record = records[str(own_number)]
             num_read[record["source"]] += 1
             if "bad" in record:
                 bad.append(BadSample(**record["bad"]))
             else:
-                parts.append(self._sample(shard, number, record, self.drops_prompt(number, round)))
+                parts.append(self._sample(shard, own_number, record, self.drops_prompt(number, round)))
         return Loaded(join(parts, self.pooled) if parts else None, dict(num_read), bad)
 
     def _sample(self, shard: Any, number: int, record: dict[str, Any], dropped: bool) -> dict[str, Any]:
@@ -165,19 +222,18 @@ class CachedReader(Reader):
         }
         return found | {"image_ends": record["image_ends"][words], "id": record["id"]}
 
-    def _shard(self, number: int) -> tuple[Any, dict[str, Any]]:
-        if number in self._open:
-            self._open.move_to_end(number)
-            return self._open[number]
-        path = self.cache.shard(number)
+    def _shard(self, path: Path) -> tuple[Any, dict[str, Any]]:
+        if path in self._open:
+            self._open.move_to_end(path)
+            return self._open[path]
         try:
             shard = safe_open(path, framework="pt")
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path}: cannot be read ({error}); delete it and run uniworld precompute again") from None
         while len(self._open) >= MAX_OPEN_SHARDS:
             self._open.popitem(last=False)
-        self._open[number] = shard, json.loads(shard.metadata()["samples"])
-        return self._open[number]
+        self._open[path] = shard, json.loads(shard.metadata()["samples"])
+        return self._open[path]
 
 
 def join(parts: Sequence[dict[str, Any]], pooled: Tensor) -> EncodedBatch:
