@@ -23,7 +23,7 @@ from uniworld.train.metrics import METRICS_FILE, Metrics, described, read_metric
 from uniworld.train.model import TrainModel
 from uniworld.train.optim import learning_rate, make_optimizer
 from uniworld.train.stages import PRESETS, freeze_except
-from uniworld.train.step import draw, drop_t5, rank_generator, rolls_out, training_loss
+from uniworld.train.step import draw, drop_states, rank_generator, rolls_out, training_loss
 
 
 def loss_and_gradients(config, batch):
@@ -73,12 +73,25 @@ def test_level_weighting_reaches_the_loss():
 def test_t5_states_are_dropped_on_all_ranks_at_once():
     batch = replace(small_batch(small_config(), 0), t5_states=torch.ones(1, 3, 24))
     config = small_config(data={"drop_t5_rate": 0.3})
-    dropped = [drop_t5(batch, config, step, number).t5_states is None for step in range(300) for number in (0, 1)]
+    dropped = [drop_states(batch, config, step, number).t5_states is None for step in range(300) for number in (0, 1)]
     assert sum(dropped) / len(dropped) == pytest.approx(0.3, abs=0.06)
-    assert dropped == [drop_t5(batch, config, s, n).t5_states is None for s in range(300) for n in (0, 1)]
-    assert drop_t5(batch, small_config(), 0, 0) is batch
+    assert dropped == [drop_states(batch, config, s, n).t5_states is None for s in range(300) for n in (0, 1)]
+    assert drop_states(batch, small_config(), 0, 0) is batch
     other = small_config(seed=1, data={"drop_t5_rate": 0.3})
-    assert dropped != [drop_t5(batch, other, s, n).t5_states is None for s in range(300) for n in (0, 1)]
+    assert dropped != [drop_states(batch, other, s, n).t5_states is None for s in range(300) for n in (0, 1)]
+
+
+def test_semantic_states_are_dropped_by_a_rate_of_their_own():
+    config = small_config("stage2", data={"drop_siglip_rate": 0.4, "drop_t5_rate": 0.4})
+    batch = replace(small_batch(config, 0), t5_states=torch.ones(1, 3, 24))
+    left = [drop_states(batch, config, step, 0) for step in range(400)]
+    gone = {(b.t5_states is None, b.siglip_states is None) for b in left}
+    assert batch.siglip_states is not None and len(gone) == 4  # each without the other, too
+    assert sum(b.siglip_states is None for b in left) / 400 == pytest.approx(0.4, abs=0.06)
+    model, without = small_model(config), next(b for b in left if b.siglip_states is None and b.t5_states is None)
+    bare = replace(batch, siglip_states=None, t5_states=None)
+    losses = [training_loss(model, b, config.flow, torch.Generator().manual_seed(5)) for b in (without, bare, batch)]
+    assert losses[0] == losses[1] != losses[2]
 
 
 def test_a_rollout_learns_the_last_of_two_sampling_steps():

@@ -84,6 +84,8 @@ class DataConfig:
     """Share of samples whose instruction is dropped (for classifier-free guidance); pictures stay."""
     drop_t5_rate: float = 0.0
     """Share of micro-batches that go without T5 states where `model.use_t5` gives them."""
+    drop_siglip_rate: float = 0.0
+    """Share of micro-batches that go without semantic tokens, so that all is drawn from the VLM's states."""
     region_weight: Literal["none", "linear", "exp", "log", "sqrt"] = "log"
     """How the loss weight of edited latents grows with total area / edited area."""
     focus_weight: float = 1.0
@@ -101,8 +103,7 @@ class StageConfig:
     """Which parameters learn."""
 
     preset: Literal["stage1", "stage2", "siglip_mlp", "lora", "custom"] = "stage1"
-    """stage1: the VLM connector. stage2: both connectors and the DiT's image branch. siglip_mlp: that MLP alone.
-    lora: factors of `model.lora_rank` on the DiT alone."""
+    """stage1: VLM connector. stage2: both, DiT's image branch. siglip_mlp: that MLP. lora: factors on the DiT."""
     patterns: tuple[str, ...] = ()
     """Glob patterns over parameter names, for preset "custom"."""
     use_siglip: bool | None = None
@@ -221,7 +222,7 @@ BOUNDS = (
     ("seed model.num_queries data.num_workers optim.warmup_steps optim.clip_norm", 0, math.inf, "at least 0"),
     ("ema.update_after_step validation.every_steps", 0, math.inf, "at least 0"),
     ("data.focus_weight", 1, 1000, "from 1 to 1000"),
-    ("data.drop_prompt_rate data.drop_t5_rate data.max_bad_share", 0, 1, "from 0 to 1"),
+    ("data.drop_prompt_rate data.drop_t5_rate data.drop_siglip_rate data.max_bad_share", 0, 1, "from 0 to 1"),
     ("flow.rollout_share ema.decay ema.min_decay", 0, 1, "from 0 to 1"),
 )
 
@@ -390,9 +391,7 @@ def _convert_tuple(args: tuple, value: Any, where: str) -> tuple:
 
 
 def _as_float(value: Any) -> Any:
-    if isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if isinstance(value, str):  # YAML 1.1 reads 1e-4 without a dot as text
+    if isinstance(value, (int, str)) and not isinstance(value, bool):  # YAML 1.1 reads 1e-4 without a dot as text
         try:
             return float(value)
         except ValueError:

@@ -89,7 +89,8 @@ def precompute(
         OSError: the disk is full; complete shards stay.
     """
     if config.data.precomputed:
-        raise ValueError(f"data.precomputed={','.join(config.data.precomputed)}: must not be set here; name data.sources")
+        named = ",".join(config.data.precomputed)
+        raise ValueError(f"data.precomputed={named}: must not be set here; name data.sources")
     if config.model.needs_live_encoding:
         raise ValueError("model.references=vae and model.num_queries need live encoding; nothing is to be precomputed")
     if samples_per_shard < 1:

@@ -16,7 +16,7 @@ from uniworld.train.encode import draw_latents
 from uniworld.train.model import EncodedBatch
 from uniworld.train.noise import draw_sigma, sigma_weight
 
-DROP_T5, ROLLOUT = 3, 4  # kinds of random draws; the data's are 0 to 2
+DROP_T5, ROLLOUT, DROP_SIGLIP = 3, 4, 5  # kinds of random draws; the data's are 0 to 2
 
 
 @dataclass(frozen=True)
@@ -64,21 +64,25 @@ def training_loss(
     return model(batch, drawn.latents, drawn.noise, drawn.sigma, flow.guidance_scale, level_weight)
 
 
-def drop_t5(batch: EncodedBatch, config: TrainConfig, step: int, number: int) -> EncodedBatch:
-    """The batch without T5 states in `data.drop_t5_rate` of all micro-batches, else as it is.
+def drop_states(batch: EncodedBatch, config: TrainConfig, step: int, number: int) -> EncodedBatch:
+    """The batch without T5 states in `data.drop_t5_rate` of all micro-batches, without semantic ones in
+    `data.drop_siglip_rate`, else as it is.
 
     All ranks drop at the same time, so that their costs stay near; it follows from the seed, as after a resume.
 
     Args:
         step, number: of the micro-batch, counted over the run and in its step.
     """
-    if batch.t5_states is None or not _happens(config.data.drop_t5_rate, config, DROP_T5, step, number):
-        return batch
-    return replace(batch, t5_states=None)
+    rates = {
+        "t5_states": (config.data.drop_t5_rate, DROP_T5),
+        "siglip_states": (config.data.drop_siglip_rate, DROP_SIGLIP),
+    }
+    dropped = [name for name, (rate, kind) in rates.items() if _happens(rate, config, kind, step, number)]
+    return replace(batch, **dict.fromkeys(dropped)) if dropped else batch
 
 
 def rolls_out(config: TrainConfig, step: int, number: int) -> bool:
-    """Whether this micro-batch is one of the `flow.rollout_share`; on all ranks at the same time, as in `drop_t5`."""
+    """Whether this micro-batch is one of the `flow.rollout_share`; on all ranks at once, as in `drop_states`."""
     return _happens(config.flow.rollout_share, config, ROLLOUT, step, number)
 
 

@@ -26,7 +26,7 @@ from uniworld.train.resume import Checkpointer
 from uniworld.train.sharding import Sharded, StepReport
 from uniworld.train.signals import EXIT_STOPPED, StopSignals
 from uniworld.train.stages import patterns_of
-from uniworld.train.step import drop_t5, rank_generator, rolls_out, training_loss
+from uniworld.train.step import drop_states, rank_generator, rolls_out, training_loss
 
 GO_ON, STOP, FAILED = 0, 1, 2  # what ranks agree on; FAILED + r: rank r failed
 
@@ -162,7 +162,7 @@ class Trainer:
         self.sharded.set_lr(self.lr)
         report = None
         for number, batch in enumerate(batches):
-            encoded = drop_t5(self.batches.encode(batch), self.config, self.step, number)
+            encoded = drop_states(self.batches.encode(batch), self.config, self.step, number)
             rollout = rolls_out(self.config, self.step, number)
             loss = training_loss(self.sharded, encoded, self.config.flow, self.generator, rollout=rollout)
             report = self.sharded.backward_and_step(loss)
