@@ -33,7 +33,15 @@ from uniworld.models.unified import UniWorld
 from uniworld.train.encode import Encoders
 from uniworld.train.fingerprint import encoder_fingerprint, settings_fingerprint
 from uniworld.train.model import EncodedBatch
-from uniworld.train.precomputed import COMMON, INDEX, MANIFEST, Cache, check_fingerprint, data_fingerprint
+from uniworld.train.precomputed import (
+    COMMON,
+    INDEX,
+    MANIFEST,
+    Cache,
+    check_fingerprint,
+    data_fingerprint,
+    wanted_fingerprint,
+)
 from uniworld.train.sharding import DTYPES
 from uniworld.train.stages import inserts_siglip
 from uniworld.train.variants import apply_variant
@@ -164,7 +172,7 @@ def _open(
 ) -> tuple[Cache, SampleReader]:
     """The cache, begun where there is none yet, and what reads its samples."""
     if (folder / MANIFEST).is_file():
-        check_fingerprint(Cache(folder).manifest["fingerprint"], config, f"output={folder}")
+        check_fingerprint(Cache(folder).manifest["fingerprint"], wanted_fingerprint(config), f"output={folder}")
     elif folder.exists() and any(folder.iterdir()):
         raise ValueError(f"output={folder}: is not empty and holds no {MANIFEST}; choose another folder")
     with count_progress("Reading picture sizes", show_loading) as indexing:

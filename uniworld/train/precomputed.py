@@ -127,9 +127,10 @@ def open_caches(config: TrainConfig) -> Caches:
         ValueError: one was made with other encoders, settings or data, which the message names.
     """
     caches = Caches(tuple(_open_cache(Path(folder)) for folder in config.data.precomputed))
+    wanted = wanted_fingerprint(config)
     for cache in caches.parts:
         fingerprint = cache.manifest["fingerprint"] | {"the data list": caches.data_list}
-        check_fingerprint(fingerprint, config, _where(cache.folder))
+        check_fingerprint(fingerprint, wanted, _where(cache.folder))
     return caches
 
 
@@ -150,11 +151,16 @@ def _where(folder: Path) -> str:
     return f"data.precomputed={folder}"
 
 
-def check_fingerprint(cached: dict[str, Any], config: TrainConfig, where: str) -> None:
-    """Raise a ValueError that says in what a cache differs from what `config` needs."""
+def wanted_fingerprint(config: TrainConfig) -> dict[str, Any]:
+    """Of the cache that `config` needs; of any data where it names none."""
     wanted = settings_fingerprint(config) | encoder_fingerprint(config)
     if config.data.sources:
         wanted["the data list"] = data_fingerprint(Dataset(config.data.sources))
+    return wanted
+
+
+def check_fingerprint(cached: dict[str, Any], wanted: dict[str, Any], where: str) -> None:
+    """Raise a ValueError that says in what a cache differs from the wanted one."""
     if found := differences(cached, wanted):
         raise ValueError(f"{where}: does not fit this config ({'; '.join(found)}); precompute into another folder")
 
