@@ -103,7 +103,8 @@ class StageConfig:
     """Which parameters learn."""
 
     preset: Literal["stage1", "stage2", "siglip_mlp", "lora", "custom"] = "stage1"
-    """stage1: VLM connector. stage2: both, DiT's image branch. siglip_mlp: that MLP. lora: factors on the DiT."""
+    """stage1: the VLM connector. stage2: both connectors and the DiT's image branch. siglip_mlp: that MLP alone.
+    lora: factors of `model.lora_rank` on the DiT alone."""
     patterns: tuple[str, ...] = ()
     """Glob patterns over parameter names, for preset "custom"."""
     use_siglip: bool | None = None

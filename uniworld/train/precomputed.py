@@ -70,6 +70,10 @@ class Cache:
     def shard(self, number: int) -> Path:
         return self.folder / f"shard-{number:06d}.safetensors"
 
+    def shard_of(self, number: int) -> Path:
+        """Where a usable sample lies."""
+        return self.shard(int(self.place[number]) // self.manifest["samples_per_shard"])
+
     def missing_shards(self) -> list[int]:
         here = {path.name for path in self.folder.glob("shard-*.safetensors")}
         return [number for number in range(self.num_shards) if self.shard(number).name not in here]
@@ -109,10 +113,10 @@ class Caches:
     def array(self, name: str) -> np.ndarray:
         return np.concatenate([part.arrays[name] for part in self.parts])
 
-    def locate(self, number: int) -> tuple[int, int]:
-        """Which of the parts a sample lies in, and its number there."""
+    def locate(self, number: int) -> tuple[Cache, int]:
+        """The cache of a sample, and its number there."""
         part = int(np.searchsorted(self.starts, number, side="right")) - 1
-        return part, number - int(self.starts[part])
+        return self.parts[part], number - int(self.starts[part])
 
     @property
     def _numbered(self) -> list[tuple[Cache, int]]:
@@ -204,11 +208,8 @@ class CachedReader(Reader):
     def __getitem__(self, items: tuple[tuple[int, int], ...]) -> Loaded:
         parts, bad, num_read = [], [], Counter()
         for number, round in items:
-            part, own_number = self.caches.locate(number)
-            cache = self.caches.parts[part]
-            shard, records = self._shard(
-                cache.shard(int(cache.place[own_number]) // cache.manifest["samples_per_shard"])
-            )
+            cache, own_number = self.caches.locate(number)
+            shard, records = self._shard(cache.shard_of(own_number))
             record = records[str(own_number)]
             num_read[record["source"]] += 1
             if "bad" in record:
