@@ -24,7 +24,7 @@ from uniworld.engine.lora import LoraMethods
 from uniworld.engine.offload import place, streamed_modules, turns_of
 from uniworld.engine.offload_choice import OffloadChoice
 from uniworld.engine.parallel import ParallelFlux
-from uniworld.engine.request import DrawingSettings, Job, Request, Result, draw_seed
+from uniworld.engine.request import DrawingSettings, Job, Request, Result, draw_seed, with_images_last
 from uniworld.engine.scheduler import Scheduler
 from uniworld.engine.step_errors import StepErrors
 from uniworld.kernels.attention_backends import choose_backend
@@ -310,7 +310,8 @@ class Engine(LoraMethods):
         )
 
     def _with_defaults(self, request: Request) -> Request:
-        """The request with the model's own steps and guidance where it names none."""
+        """The request with the model's own steps and guidance where it names none, and its place of pictures."""
+        request = with_images_last(request) if self.model.images_last else request
         own = {"num_inference_steps": self.model.num_inference_steps, "guidance_scale": self.model.guidance_scale}
         if request.images and self.model.edit_inference_steps is not None:
             own["num_inference_steps"] = self.model.edit_inference_steps

@@ -7,7 +7,7 @@
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from numbers import Integral
 from typing import Any, TypedDict
@@ -161,6 +161,17 @@ class Request:
         if self.cache == "taylor":
             return self.cache, self.cache_interval, self.cache_order
         return self.cache and (self.cache, self.cache_threshold)
+
+
+def with_images_last(request: Request) -> Request:
+    """The request with the pictures of the last turn that shows some behind its prompt, unless it has some there."""
+    shown = [i for i, turn in enumerate(request.history) if turn.images]
+    if request.images or not shown:
+        return request
+    history = list(request.history)
+    last = history[shown[-1]]
+    history[shown[-1]] = replace(last, images=())
+    return replace(request, images=last.images, history=tuple(history))
 
 
 def check_cache(request: Request) -> None:

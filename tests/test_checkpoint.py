@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from uniworld.checkpoint import locate, names
-from uniworld.checkpoint.load import drawing_defaults, load_uniworld
+from uniworld.checkpoint.load import drawing_defaults, images_last, load_uniworld
 from uniworld.checkpoint.precision import default_dtype
 from uniworld.checkpoint.save import ShardWriter, atomic_folder, save_uniworld
 from uniworld.checkpoint.weights import Plan, fill, module_targets, parameters_on_meta, read_headers
@@ -186,6 +186,12 @@ def test_a_checkpoint_names_its_own_steps_and_guidance(tmp_path):
         for value in values:
             with pytest.raises(ValueError, match=f"{tmp_path}: uniworld.{name}={value!r}: must be {allowed}"):
                 drawing_defaults({"uniworld": own | {name: value}}, tmp_path)
+
+
+def test_a_checkpoint_says_where_the_pictures_of_a_conversation_stand(tmp_path):
+    assert images_last({}, tmp_path) is False and images_last({"uniworld": {"images_last": True}}, tmp_path) is True
+    with pytest.raises(ValueError, match=f"{tmp_path}: uniworld.images_last=1: must be true or false"):
+        images_last({"uniworld": {"images_last": 1}}, tmp_path)
 
 
 def test_scheduler_settings_are_read(folders, tmp_path):

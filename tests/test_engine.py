@@ -10,6 +10,7 @@ from PIL import Image
 from uniworld.engine import Engine, Request
 from uniworld.engine.cache import ConditioningCache
 from uniworld.engine.chat import parse_messages
+from uniworld.engine.request import Turn, with_images_last
 from uniworld.engine.scheduler import QueueFull, Scheduler
 from uniworld.models.conditioning import Conditioning
 from uniworld.models.prompts import PERCEPTION_PROMPTS
@@ -236,6 +237,34 @@ def test_chat_with_history_and_pictures(engine):
     with_history = engine.chat([first, drawn, follow], mode="image", seed=1, **FAST).result.latents
     without = engine.chat([follow], mode="image", seed=1, **FAST).result.latents
     assert not torch.allclose(with_history, without, atol=1e-4)
+
+
+def test_pictures_stand_behind_the_last_message_where_the_model_wants_them(engine, monkeypatch):
+    """Those of the last turn that shows some, and earlier ones where they were; none are moved behind others."""
+    shown, drawn, other = picture(), picture("blue"), picture("green")
+    first, answer = Turn("user", "what is this?", (shown,)), Turn("assistant", "a ball", (drawn,))
+    told = Turn("assistant", "a ball")
+    cases = (
+        (Request(prompt="and now?", history=(first, told)), (Turn("user", "what is this?"), told), (shown,)),
+        (Request(prompt="and now?", history=(first, answer)), (first, told), (drawn,)),
+        (Request(prompt="and now?", history=(first, told), images=(other,)), (first, told), (other,)),
+        (Request(prompt="and now?", history=(told,)), (told,), ()),
+    )
+    for request, history, images in cases:
+        moved = with_images_last(request)
+        assert (moved.history, moved.images) == (history, images) and moved.prompt == request.prompt
+    messages = [
+        {"role": "user", "content": [{"type": "image", "image": shown}, {"type": "text", "text": "what is this?"}]},
+        {"role": "assistant", "content": "a ball"},
+        {"role": "user", "content": "make it blue"},
+    ]
+    settings = {"mode": "image", "seed": 1, **FAST}
+    there = engine.chat(messages, **settings).result.latents
+    monkeypatch.setattr(engine.model, "images_last", True)
+    behind = engine.chat(messages, **settings).result.latents
+    history = (Turn("user", "what is this?"), told)
+    asked = Request(prompt="make it blue", images=(shown,), history=history, seed=1, **FAST)
+    assert torch.equal(behind, engine.run([asked])[0].latents) and not torch.allclose(behind, there, atol=1e-4)
 
 
 @pytest.mark.parametrize("task", PERCEPTION_PROMPTS)

@@ -40,9 +40,11 @@ def test_it_looks_and_points_first(words, tmp_path):
     """From the first items tower and language model learn, and no answers; then conversations too."""
     changes = [f"run_dir={tmp_path}", f"words={words}", "look_items=4", "num_checked=4", "size_px=64"]
     part = make_part(load_part_config(ROOT / "configs" / "tiny" / "vlm.yaml", changes))
-    looked, asked, planned, again, told = (part.make(range(first, first + 4)) for first in (0, 8, 24, 32, 48))
-    others = ("converse", "ask", "see", "plan", "look", "see")
-    assert tuple(turn for other in others for turn in (other, "talk")) == vlm_batches.LATER_TURNS
+    turns = dict(zip(vlm_batches.LATER_TURNS, range(0, 40, 4)))  # the last seeds of each before 40
+    firsts = 0, turns["ask"], turns["plan"], turns["look"]
+    looked, asked, planned, again = (part.make(range(first, first + 4)) for first in firsts)
+    told = part.make(range(40, 44))
+    assert vlm_batches.LATER_TURNS[0] == "converse" and len(vlm_batches.LATER_TURNS) == 10
     assert "labels" not in again and "row" in again and "row" not in told and "labels" in asked and "row" in asked
     assert "labels" not in looked and looked["seen"]["points"].shape == (4, 24, 24, 4)
     assert looked["asked"].shape == (len(looked["row"]), 24, 24, 3)
@@ -83,9 +85,9 @@ def test_several_edits_of_a_picture_are_planned_at_once(words, tmp_path):
 
 
 def test_many_questions_about_a_picture_are_asked_at_once(words, tmp_path):
-    """Every question stands alone before its picture, and is answered as in a conversation of one turn."""
+    """Every question stands before its picture, and is answered as in a conversation of its own."""
     part = make_part(part_config("vlm", tmp_path, words, tmp_path, "look_items=0"))
-    batch, items = part.make(range(8, 12)), [make_item("understanding", seed, "train") for seed in range(8, 12)]
+    batch, items = part.make(range(4, 8)), [make_item("understanding", seed, "train") for seed in range(4, 8)]
     rows, tokenizer = batch["row"].tolist(), part.processor.tokenizer
     assert len(rows) > 14 and batch["asked"].shape == (len(rows), 24, 24, 3)
     assert batch["known"]["number"].shape == (len(rows), 3)
@@ -103,42 +105,41 @@ def test_many_questions_about_a_picture_are_asked_at_once(words, tmp_path):
             assert torch.equal(inputs.input_ids[0], batch["input_ids"][row, :length])
             alone = part.vlm.states(inputs).hidden_states[0]
             assert torch.allclose(states[row, :length], alone, atol=1e-4)
-    with mock.patch.object(vlm_batches, "_single_questions", return_value=[]):  # of few pictures nothing may be asked
-        alone = part.make(range(14, 15))
+    with mock.patch.object(vlm_batches, "_talks", return_value=[]):  # of few pictures nothing may be asked
+        alone = part.make(range(11, 12))
     assert alone.keys() == {"pixel_values", "image_grid_thw", "seen"} and float(part.loss(alone, None)[0].detach()) > 0
     logged = overfit(part, batch, num_steps=40, lr=3e-3)
     assert logged[-1][1]["answers"] < 0.6 * logged[0][1]["answers"], logged[::8]
     assert logged[-1][1]["known_number_right"] > 0.6 > 0.5 > logged[0][1]["known_number_right"], logged[::8]
 
 
-def test_questions_are_asked_together_in_one_conversation(words, tmp_path):
-    """All but the first stand behind the picture; what is known is read before each answer."""
+def test_a_question_is_asked_behind_earlier_ones(words, tmp_path):
+    """These and their answers are there to be read; the picture stands behind the last, which alone is learned."""
     part = make_part(part_config("vlm", tmp_path, words, tmp_path, "look_items=0"))
-    batch = part.make(range(4, 8))
-    assert batch["row"].tolist() == [0, 1, 2, 3] and batch["asked"].shape == (4, 24, 24, 3)
-    begins = [ids[1:] != conversations.IGNORED for ids in batch["labels"]]
-    num_answers = [int((learned[1:] & ~learned[:-1]).sum()) for learned in begins]
-    assert sum(num_answers) == len(batch["known"]["number"]) > 20
-    text = part.processor.tokenizer.decode(batch["input_ids"][0])
-    assert text.count("assistant") == num_answers[0] and text.count("<|vision_start|>") == 1
-    assert 0 < text.index("user") < text.index("<|vision_start|>") < text.index("assistant")
+    batch, tokens = part.make(range(4, 8)), part.processor.tokens
+    num_answers = [int((ids == tokens.assistant).sum()) for ids in batch["input_ids"]]
+    assert set(num_answers) == {1, 2, 3, 4}
+    for ids, labels, number in zip(batch["input_ids"], batch["labels"], num_answers):
+        said, learned = ids.tolist(), (labels != conversations.IGNORED).nonzero()[:, 0].tolist()
+        last = len(said) - 1 - said[::-1].index(tokens.assistant)
+        assert learned == list(range(last + 2, said.index(tokens.turn_end, last) + 1))
+        assert said.count(tokens.vision_start) == 1
+        turns = [i for i, token in enumerate(said[:last]) if token == tokens.turn_start]
+        assert turns[-2] < said.index(tokens.vision_start) < turns[-1] and len(turns) == 2 * number
     read = []
     hook = part.module["known"].register_forward_pre_hook(lambda head, args: read.append(args[0]))
     with torch.no_grad():
         part.loss(batch, None)
     hook.remove()
-    tokens = part.processor.tokens
-    ends = [(ids == tokens.assistant).nonzero()[:, 0] + 1 for ids in batch["input_ids"]]
+    ends = [int((ids == tokens.assistant).nonzero()[-1]) + 1 for ids in batch["input_ids"]]
     layer = part._at_layer[2]
-    assert torch.equal(read[0], torch.cat([layer[row, at] for row, at in enumerate(ends)]))
-    logged = overfit(part, batch, num_steps=40, lr=3e-3)
-    assert logged[-1][1]["answers"] < 0.6 * logged[0][1]["answers"], logged[::8]
+    assert torch.equal(read[0], torch.stack([layer[row, at] for row, at in enumerate(ends)]))
 
 
 def test_in_other_colours_nothing_is_said_of_colours(words, tmp_path):
     """What is seen is as before but for the colours, which neither labels nor questions nor answers name."""
     part = make_part(part_config("vlm", tmp_path, words, tmp_path, "look_items=0"))
-    batch, items = part.make(range(16, 20)), [make_item("understanding", seed, "train") for seed in range(16, 20)]
+    batch, items = part.make(range(8, 12)), [make_item("understanding", seed, "train") for seed in range(8, 12)]
     points = dense.dense_labels([item.scenes[0] for item in items], 24)["points"]
     assert (batch["seen"]["points"][..., 1] == dense.UNNAMED).all()
     assert torch.equal(batch["seen"]["points"][..., [0, 2, 3]], points[..., [0, 2, 3]])
@@ -154,17 +155,20 @@ def test_in_other_colours_nothing_is_said_of_colours(words, tmp_path):
     assert logged[-1][0] < 0.6 * logged[0][0], logged[::8]
 
 
-def test_half_of_the_single_questions_compare_two_things():
-    counts = dict.fromkeys(KINDS, 0)
+def test_half_of_the_questions_compare_two_things_and_two_of_three_stand_behind_others():
+    counts, behind = dict.fromkeys(KINDS, 0), []
     for seed in range(60):
         item = make_item("understanding", seed, "train", size_px=16)
-        words = wording(item.language, np.random.default_rng(seed))
-        asked = vlm_batches._single_questions(item.scenes[0], words, item.split)
-        assert len(asked) <= vlm_batches.NUM_ASKED
-        for question in asked:
+        talks = vlm_batches._talks(item.scenes[0], wording(item.language, np.random.default_rng(seed)), item.split)
+        assert len(talks) <= vlm_batches.NUM_ASKED + 1
+        for *earlier, question in talks:
             counts[question.kind] += 1
+            behind.append(len(earlier))
+            assert question not in earlier
     share = sum(counts[kind] for kind in vlm_batches.COMPARING) / sum(counts.values())
-    assert 0.45 < share < 0.6 and min(counts[kind] for kind in vlm_batches.COMPARING) > 5, counts
+    assert 0.4 < share < 0.6 and min(counts[kind] for kind in vlm_batches.COMPARING) > 5, counts
+    assert not any(counts[kind] for kind in counts if kind.startswith("caption"))
+    assert max(behind) == vlm_batches.MAX_BEFORE and 0.6 < np.mean([number > 0 for number in behind]) < 0.75
 
 
 def test_states_of_pictures_say_what_is_to_be_where(language):
@@ -215,7 +219,7 @@ def test_answers_alone_are_learned(language):
         assert item.task != "understanding" or 2 <= len(answers) <= conversations.NUM_QUESTIONS
         labels = batch["labels"][row]
         learned = labels[labels != conversations.IGNORED]
-        assert tokenizer.decode(learned) == "".join(f"{answer}<|im_end|>" for answer in answers)
+        assert tokenizer.decode(learned) == f"{answers[-1]}<|im_end|>"
         assert torch.equal(learned, batch["input_ids"][row][labels != conversations.IGNORED])
     edit = make_item("edit", 1, "train", size_px=64)
     assert edit.conversations[-1]["value"] == "<gen_image>" and batch["image_grid_thw"].shape[0] == 4
@@ -229,14 +233,14 @@ def test_the_language_part_learns(language):
 def test_answers_count_as_right_where_decoding_gives_them(language):
     part, _, _ = language
     items = [make_item("understanding", seed, "train", size_px=64) for seed in (0, 2, 3, 7)]
-    talks = [conversations.answered(item)[:2] for item in items]
+    talks = [conversations.answered(item) for item in items]
     right = part._right(part.batches.conversations(items, talks))
     vlm_model, processor = part.vlm, part.processor
     for i, (item, turns) in enumerate(zip(items, talks)):
-        prompt = conversations.conversation_text(turns[:1]) + ANSWER_START
+        prompt = conversations.conversation_text(turns[:-1]) + ANSWER_START
         states = vlm_model.encode(processor.encode([prompt], [[Image.fromarray(item.pictures[0])]]), use_cache=True)
         ids = vlm_model.stream_text(states, max_new_tokens=60, stop_ids=[processor.tokens.turn_end])
-        assert (processor.decode(list(ids)) == turns[1]["value"]) == right[i], (turns, right[i])
+        assert (processor.decode(list(ids)) == turns[-1]["value"]) == right[i], (turns, right[i])
     assert any(right)
 
 

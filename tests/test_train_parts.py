@@ -339,13 +339,13 @@ def test_parts_make_a_checkpoint_that_draws_and_routes(words, parts, tmp_path):
 
 
 def test_routing_asks_as_the_engine_does(words):
-    """A later turn of a talk has the earlier ones, with their pictures, before it."""
+    """A later turn of a talk has the earlier ones before it, and the picture behind it."""
     talk = next(i for i in (make_item("understanding", s, size_px=64) for s in range(50)) if len(i.conversations) >= 4)
     prompt, pictures = task_head.asked_at(talk, 1)
     first, answer, second = (turn["value"].replace("<image>", "").strip() for turn in talk.conversations[:3])
     assert prompt == (
-        f"<|im_start|>user\n{first}<|vision_start|><|image_pad|><|vision_end|><|im_end|>\n"
-        f"<|im_start|>assistant\n{answer}<|im_end|>\n<|im_start|>user\n{second}<|im_end|>\n<|im_start|>assistant\n"
+        f"<|im_start|>user\n{first}<|im_end|>\n<|im_start|>assistant\n{answer}<|im_end|>\n"
+        f"<|im_start|>user\n{second}<|vision_start|><|image_pad|><|vision_end|><|im_end|>\n<|im_start|>assistant\n"
     )
     assert len(pictures) == 1
     edit = make_item("edit", 3, size_px=64)

@@ -150,7 +150,7 @@ def load_uniworld(
     if settings["references"] not in REFERENCES:
         allowed = ", ".join(REFERENCES)
         raise ValueError(f"{folders.model}: uniworld.references={settings['references']!r}: must be one of {allowed}")
-    processor = _processor(folders.model)
+    processor = _processor(folders.model, images_last(config, folders.model))
     _fill_token_ids(config, processor)
 
     parts, plans = _plan_all(folders, config, device, dtype)
@@ -168,6 +168,7 @@ def load_uniworld(
         time_shift=time_shift,
         anchor_px=settings.get("anchor_px", FULL_ANCHOR_PX),
         **drawing_defaults(config, folders.model),
+        images_last=processor.own_turn,
         references=settings["references"],
         random_weights=settings.get("random_weights", False),
         known_world=KnownWorld.load(folders.siglip),
@@ -220,6 +221,17 @@ def drawing_defaults(config: dict[str, Any], folder: Path) -> dict[str, Any]:
     return {**steps, "guidance_scale": float(guidance)}
 
 
+def images_last(config: dict[str, Any], folder: Path) -> bool:
+    """Whether a checkpoint's config.json says that pictures stand behind a conversation's last message.
+
+    Raises: ValueError naming the field.
+    """
+    value = config.get("uniworld", {}).get("images_last", False)
+    if type(value) is not bool:
+        raise ValueError(f"{folder}: uniworld.images_last={value!r}: must be true or false")
+    return value
+
+
 def model_folder(model: str | Path) -> Path:
     """The local folder of a checkpoint, fetched or made first where it is a Hub id or "tiny"."""
     folder = tiny_dir() if str(model) == TINY else locate.resolve_folder("model", model, locate.MODEL_PATTERNS)
@@ -241,9 +253,9 @@ def _find(model: str | Path, flux: str | Path | None, siglip: str | Path | None,
     return Folders(folder, flux_folder, siglip_folder, has_t5 and use_t5 is not False)
 
 
-def _processor(folder: Path) -> PromptProcessor:
-    tokenizer = _tokenizer("Qwen2Tokenizer", folder)
-    return PromptProcessor(tokenizer, VisionProcessor(locate.read_json(folder / "preprocessor_config.json")))
+def _processor(folder: Path, own_turn: bool) -> PromptProcessor:
+    vision = VisionProcessor(locate.read_json(folder / "preprocessor_config.json"))
+    return PromptProcessor(_tokenizer("Qwen2Tokenizer", folder), vision, own_turn=own_turn)
 
 
 def _tokenizer(name: str, folder: Path) -> Any:

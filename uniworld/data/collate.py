@@ -44,7 +44,8 @@ def training_processor(processor: PromptProcessor, config: DataConfig) -> Prompt
         max_pixels=config.vlm_max_px,
         factor=TRAINING_FACTOR,
     )
-    return PromptProcessor(processor.tokenizer, vision, max_tokens=processor.max_tokens, padding_side="left")
+    limits = {"max_tokens": processor.max_tokens, "own_turn": processor.own_turn}
+    return PromptProcessor(processor.tokenizer, vision, padding_side="left", **limits)
 
 
 class Collator:
@@ -130,6 +131,7 @@ class Collator:
                 self.processor.tokens,
                 torch.cat([one.pixel_values for one in with_pictures]) if with_pictures else None,
                 torch.cat([one.image_grid_thw for one in with_pictures]) if with_pictures else None,
+                self.processor.own_turn,
             ),
             siglip_pixels=torch.cat(siglip) if siglip else None,
             instructions=tuple(sample.instruction for sample in samples),

@@ -158,6 +158,7 @@ class VLMInputs:
 
     input_ids, attention_mask, mm_token_type_ids (1 where an image token stands): [B, L] int64.
     pixel_values: [patches, C T p p] fp32 and image_grid_thw: [num_images, 3] int64, or None without images.
+    sees: bool [B, L, L], whether a token sees another; None where each sees all before it, but padding.
     image_end_positions: for each sample, the column of each image's `<|vision_end|>`.
     assistant_positions: for each sample, the column of the last "assistant" token, -1 where there is none.
     """
@@ -169,6 +170,7 @@ class VLMInputs:
     assistant_positions: tuple[int, ...]
     pixel_values: Tensor | None = None
     image_grid_thw: Tensor | None = None
+    sees: Tensor | None = None
 
     @classmethod
     def from_ids(
@@ -178,8 +180,12 @@ class VLMInputs:
         tokens: TokenIds,
         pixel_values: Tensor | None = None,
         image_grid_thw: Tensor | None = None,
+        own_turn: bool = False,
     ) -> "VLMInputs":
-        """Complete token ids [B, L] and images with what follows from them."""
+        """Complete token ids [B, L] and images with what follows from them.
+
+        own_turn: an image's tokens see no turn before their own.
+        """
         real = attention_mask.bool()
         ends = (input_ids == tokens.vision_end) & real
         assistants = (input_ids == tokens.assistant) & real
@@ -191,7 +197,24 @@ class VLMInputs:
             assistant_positions=tuple(max(row.nonzero().flatten().tolist(), default=-1) for row in assistants),
             pixel_values=pixel_values,
             image_grid_thw=image_grid_thw,
+            sees=sees_own_turn(input_ids, real, tokens) if own_turn else None,
         )
+
+
+def sees_own_turn(input_ids: Tensor, real: Tensor, tokens: TokenIds) -> Tensor | None:
+    """bool [B, L, L]: the tokens of images see what their own turn holds before them, others all before them.
+
+    None where no image has a turn before its own, which is the same.
+
+    input_ids, real: [B, L], the tokens and which of them are no padding.
+    """
+    turns = (input_ids == tokens.turn_start).cumsum(1)
+    of_images = (input_ids == tokens.image_pad) & real
+    if not (of_images & (turns > 1)).any():
+        return None
+    seen = torch.ones(len(input_ids), *turns.shape[1:] * 2, dtype=torch.bool).tril()
+    seen &= real[:, None] & (~of_images[..., None] | (turns[..., None] == turns[:, None]))
+    return seen | torch.eye(turns.shape[1], dtype=torch.bool)  # padding, too, sees something
 
 
 class PromptProcessor:
@@ -202,15 +225,22 @@ class PromptProcessor:
         vision: how pictures are resized and cut into patches.
         max_tokens: the longest prompt allowed, image tokens included.
         padding_side: of prompts shorter than the longest in a batch.
+        own_turn: an image's tokens see no turn before their own.
     """
 
     def __init__(
-        self, tokenizer: Any, vision: VisionProcessor, *, max_tokens: int = MAX_TOKENS, padding_side: str = "right"
+        self,
+        tokenizer: Any,
+        vision: VisionProcessor,
+        *,
+        max_tokens: int = MAX_TOKENS,
+        padding_side: str = "right",
+        own_turn: bool = False,
     ):
         if padding_side not in ("left", "right"):
             raise ValueError(f"padding_side={padding_side!r}: must be left or right")
         self.tokenizer, self.vision = tokenizer, vision
-        self.max_tokens, self.padding_side = max_tokens, padding_side
+        self.max_tokens, self.padding_side, self.own_turn = max_tokens, padding_side, own_turn
         self.tokens = TokenIds.of(tokenizer)
 
     def encode(
@@ -234,7 +264,7 @@ class PromptProcessor:
             counts = num_tokens[first : first + len(of_prompt)]
             rows.append(self._expand(self.tokenize(prompt), counts))
             first += len(of_prompt)
-        return VLMInputs.from_ids(*self.pad(rows), self.tokens, pixel_values, grids)
+        return VLMInputs.from_ids(*self.pad(rows), self.tokens, pixel_values, grids, self.own_turn)
 
     def tokenize(self, prompt: str | Sequence[str]) -> list[int]:
         """The ids of a prompt, one pad token an image; pieces are tokenized one by one."""

@@ -66,6 +66,9 @@ class UniWorld:
     guidance_scale: float = 3.5
     """Steps and embedded guidance of a request that names none; of one with pictures the second number, where there is
     one: what they show need not be found in steps."""
+    images_last: bool = False
+    """Whether the pictures of a conversation stand behind its last message, whatever turn showed them, and see that
+    turn alone: a small model answers what it has read with the question in mind, and mixes up several questions."""
     references: str = "siglip"
     """What stands for a reference picture beside its VLM states: one of `references.REFERENCES`."""
     random_weights: bool = False

@@ -187,6 +187,8 @@ class VisionLanguageModel(nn.Module):
         position_ids, rope_deltas = rope_index(inputs.mm_token_type_ids, mask, inputs.image_grid_thw, self.merge_size)
         # Attention is causal: padding after a prompt reaches none of its tokens and needs no mask.
         padded_left = not mask[:, 0].all()
+        seen = mask if padded_left else None
+        seen = seen if inputs.sees is None else inputs.sees[:, None]
         images = {}
         if inputs.pixel_values is not None:
             dtype = self.model.model.visual.patch_embed.proj.weight.dtype
@@ -196,7 +198,7 @@ class VisionLanguageModel(nn.Module):
         output = self.model.model(
             input_ids=inputs.input_ids.to(self.device),
             mm_token_type_ids=inputs.mm_token_type_ids.to(self.device),
-            attention_mask=mask.to(self.device) if padded_left else None,
+            attention_mask=None if seen is None else seen.to(self.device),
             position_ids=position_ids.to(self.device),
             use_cache=use_cache,
             **images,

@@ -3,6 +3,8 @@
 Letters: B conversations, L tokens of the longest.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -23,8 +25,7 @@ def answered(item: Item) -> Conversation:
     """Questions about a picture, answered; else the instruction, and in the place of the wanted picture its caption in
     the language of the instruction."""
     if item.task == "understanding":
-        questions = enumerate(questions_about(item))
-        return [turn for number, question in questions for turn in turns_of(question, number == 0)]
+        return talk_of(questions_about(item))
     return [*item.conversations[:-1], {"from": "gpt", "value": caption(item)}]
 
 
@@ -34,9 +35,14 @@ def questions_about(item: Item) -> tuple[Question, ...]:
     return converse(item.scenes[0], words, item.split, NUM_QUESTIONS) or item.facts
 
 
-def turns_of(question: Question, with_picture: bool) -> Conversation:
-    mark = IMAGE_MARK if with_picture else ""
-    return [{"from": "human", "value": question.text + mark}, {"from": "gpt", "value": question.answer}]
+def talk_of(questions: Sequence[Question]) -> Conversation:
+    """Questions about one picture, answered. It stands behind the last of them, as the engine shows it to a model whose
+    `images_last` is true."""
+    turns = []
+    for question in questions:
+        mark = IMAGE_MARK if question is questions[-1] else ""
+        turns += [{"from": "human", "value": question.text + mark}, {"from": "gpt", "value": question.answer}]
+    return turns
 
 
 def conversation_text(turns: Conversation) -> str:
@@ -46,17 +52,16 @@ def conversation_text(turns: Conversation) -> str:
 
 
 def answer_labels(input_ids: Tensor, attention_mask: Tensor, tokens: TokenIds) -> Tensor:
-    """[B, L]: the tokens of answers with the <|im_end|> that ends them, IGNORED elsewhere."""
+    """[B, L]: the tokens of the last answer of each, with the <|im_end|> that ends it, IGNORED elsewhere. What was
+    answered before came before the picture."""
     labels = torch.full_like(input_ids, IGNORED)
     for row, (ids, mask) in enumerate(zip(input_ids.tolist(), attention_mask.tolist())):
-        column, length = 0, sum(mask)
-        while column < length:
-            starts = ids[column] == tokens.assistant and ids[column - 1] == tokens.turn_start
-            column += 2 if starts else 1  # past the name and the line's end
-            if starts:
-                end = ids.index(tokens.turn_end, column) + 1
-                labels[row, column:end] = input_ids[row, column:end]
-                column = end
+        said = ids[: sum(mask)]
+        starts = [i for i in range(1, len(said)) if said[i] == tokens.assistant and said[i - 1] == tokens.turn_start]
+        if starts:
+            begin = starts[-1] + 2  # past the name and the line's end
+            end = said.index(tokens.turn_end, begin) + 1
+            labels[row, begin:end] = input_ids[row, begin:end]
     return labels
 
 

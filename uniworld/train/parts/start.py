@@ -35,6 +35,7 @@ def write_start(parts: Path, out: Path) -> Path:
         made.rmdir()
         config = read_json(temporary / "config.json")
         own = {"anchor_px": SIZE_PX**2, "random_weights": False, "use_t5": False, **DRAWING}  # as its stages learn
+        own["images_last"] = True  # as its VLM learns
         write_json(temporary / "config.json", config | {"uniworld": own})
         shutil.copytree(flux, temporary / "flux", ignore=shutil.ignore_patterns("transformer", "*_projector.*"))
         shutil.copytree(siglip, temporary / "siglip")

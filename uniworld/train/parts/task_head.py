@@ -46,7 +46,8 @@ class Routing:
         torch.manual_seed(config.seed)
         self.config = config
         words = open_tokenizers(config.words)
-        self.processor = PromptProcessor(load_tokenizer(words, "Qwen2Tokenizer"), VisionProcessor(PREPROCESSOR))
+        tokenizer = load_tokenizer(words, "Qwen2Tokenizer")
+        self.processor = PromptProcessor(tokenizer, VisionProcessor(PREPROCESSOR), own_turn=True)
         self.vlm_folder = Path(config.parts) / "vlm" / "model"
         self.vlm = load_vlm(self.vlm_folder)
         self.module: nn.Module = TaskHead(HIDDEN, TASK_HEAD_HIDDEN)
@@ -111,12 +112,10 @@ def num_questions(item: Item) -> int:
 
 
 def asked_at(item: Item, turn: int) -> tuple[str, Sequence[Image.Image]]:
-    """The prompt of a turn, as the engine writes it after the turns before, and the pictures in it."""
+    """The prompt of a turn, as the engine writes it after the turns before, for a model whose `images_last` is true,
+    and the pictures in it."""
     given = item.pictures if item.task == CHAT else item.pictures[:-1]
     pictures = tuple(Image.fromarray(np.ascontiguousarray(picture)) for picture in given)
     said = [instruction(message["value"]) for message in item.conversations]
-    history = [
-        Turn("user" if i % 2 == 0 else "assistant", text, pictures if i == 0 else ())
-        for i, text in enumerate(said[: 2 * turn])
-    ]
-    return chat_text(said[2 * turn], 0 if turn else len(pictures), history), pictures
+    history = [Turn("user" if i % 2 == 0 else "assistant", text) for i, text in enumerate(said[: 2 * turn])]
+    return chat_text(said[2 * turn], len(pictures), history), pictures

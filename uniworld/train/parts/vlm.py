@@ -27,13 +27,13 @@ from uniworld.checkpoint.save import copy_side_files, save_module, write_json
 from uniworld.checkpoint.tiny import STORED_DTYPE
 from uniworld.checkpoint.weights import Plan, fill, module_targets, read_headers
 from uniworld.data.scenes.tasks import make_item
-from uniworld.models.prompts import PromptProcessor, VLMInputs
+from uniworld.models.prompts import PromptProcessor, VLMInputs, sees_own_turn
 from uniworld.models.tokenizers import load_tokenizer
 from uniworld.models.vision_processor import VisionProcessor
 from uniworld.models.vlm import VisionLanguageModel, rope_index
 from uniworld.train.parts.attention import use_fast_attention
 from uniworld.train.parts.config import PartConfig
-from uniworld.train.parts.conversations import IGNORED, answer_starts, answer_weights, turns_of
+from uniworld.train.parts.conversations import IGNORED, answer_starts, answer_weights, talk_of
 from uniworld.train.parts.dense import UNNAMED, DenseHead, PlaceHead
 from uniworld.train.parts.grounding import GroundingHead
 from uniworld.train.parts.known import KnownHead
@@ -58,7 +58,7 @@ class VisionLanguage:
         self.config = config
         words = open_tokenizers(config.words)
         tokenizer = load_tokenizer(words, "Qwen2Tokenizer")
-        self.processor = PromptProcessor(tokenizer, VisionProcessor(PREPROCESSOR))
+        self.processor = PromptProcessor(tokenizer, VisionProcessor(PREPROCESSOR), own_turn=True)
         self.batches = Batches(config, self.processor)
         if config.start is None:
             self.vlm = VisionLanguageModel.from_config(qwen_config(read_ids(words, "qwen")))
@@ -132,7 +132,11 @@ class VisionLanguage:
         seen = self._seen.unflatten(0, (len(batch["image_grid_thw"]), -1))[row.to(device)]
         embeddings = language.embed_tokens(ids.to(device))
         embeddings = embeddings.masked_scatter(of_pictures[..., None], seen.to(embeddings.dtype))
-        output = language(inputs_embeds=embeddings, position_ids=positions.to(device), use_cache=False)
+        sees = sees_own_turn(ids, mask.bool(), self.processor.tokens)
+        seen = None if sees is None else sees[:, None].to(device)
+        output = language(
+            inputs_embeds=embeddings, attention_mask=seen, position_ids=positions.to(device), use_cache=False
+        )
         return output.last_hidden_state
 
     def _keep_seen(self, visual: nn.Module, inputs: Any, output: Any) -> None:
@@ -177,7 +181,8 @@ class VisionLanguage:
 
     @torch.no_grad()
     def score(self) -> dict[str, float]:
-        """Share of held-out questions answered exactly, of all and by kind; captions, which may be put otherwise, not.
+        """Share of held-out questions answered exactly, behind the earlier ones of their conversations, of all and by
+        kind; captions, which may be put otherwise, not.
 
         Every token of an answer is predicted after the right ones before it: all of them are right if and only if
         greedy decoding gives the answer.
@@ -186,9 +191,9 @@ class VisionLanguage:
         seeds = range(self.config.num_checked)
         asked = []
         for item in (make_item("understanding", seed, "held-out", size_px=size_px) for seed in seeds):
-            for question in item.facts:
+            for i, question in enumerate(item.facts):
                 if not question.kind.startswith("caption"):
-                    asked.append((question.kind, item, turns_of(question, with_picture=True)))
+                    asked.append((question.kind, item, talk_of(item.facts[: i + 1])))
         found: dict[str, list[bool]] = {}
         for start in range(0, len(asked), SCORED_AT_ONCE):
             kinds, items, conversations = zip(*asked[start : start + SCORED_AT_ONCE])
@@ -219,7 +224,7 @@ class VisionLanguage:
         return self.vlm.model.lm_head(states[:, :-1][learned]), labels[learned], weights[learned]
 
     def _right(self, batch: dict[str, Any]) -> list[bool]:
-        """Of each conversation, whether all its answers' tokens are right."""
+        """Of each conversation, whether all tokens of its last answer are right."""
         logits, labels, _ = self._predict(self._states(batch), batch)
         rows = (batch["labels"][:, 1:] != IGNORED).nonzero()[:, 0]
         wrong = rows[(logits.argmax(-1) != labels).cpu()]

@@ -27,7 +27,7 @@ from uniworld.train.parts.conversations import (
     answered,
     conversation_text,
     questions_about,
-    turns_of,
+    talk_of,
 )
 from uniworld.train.parts.dense import OF_A_THING, UNNAMED, changed_points, dense_labels
 from uniworld.train.parts.grounding import NO_QUESTION, ROLES, asked_labels, changed_labels, descriptions
@@ -41,9 +41,13 @@ TASKS = ("understanding", "edit", "understanding", "understanding", "t2i")
 ASKED_TASKS = ("understanding",)
 SEEN_TASKS = ("understanding", "edit", "t2i")  # whose pictures the vision tower learns to see
 # What items each batch has; plans are of wanted pictures, without a word about them.
-TURN_TASKS = {"look": SEEN_TASKS, "plan": ("edit",), "converse": TASKS} | dict.fromkeys(
-    ("ask", "talk", "see"), ASKED_TASKS
-)
+TURN_TASKS = {
+    "look": SEEN_TASKS,
+    "plan": ("edit",),
+    "converse": TASKS,
+    "ask": ASKED_TASKS,
+    "see": ASKED_TASKS,
+}
 POINTS_PER_SIDE = 4  # of a token of a picture
 TOKENS_PER_SIDE = math.isqrt(VLM_PX) // (PREPROCESSOR["patch_size"] * PREPROCESSOR["merge_size"])
 NUM_TOKENS, NUM_POINTS = TOKENS_PER_SIDE**2, TOKENS_PER_SIDE * POINTS_PER_SIDE  # of a picture, and along its side
@@ -51,7 +55,7 @@ NUM_TOKENS, NUM_POINTS = TOKENS_PER_SIDE**2, TOKENS_PER_SIDE * POINTS_PER_SIDE  
 NUM_DESCRIPTIONS, NUM_EDITS, NUM_ASKED = 6, 5, 6
 # Of these questions so many compare two things: the last to be learned, and a quarter of the questions of any kind.
 NUM_COMPARING = 3
-NUM_TALKED = 6  # questions of any kind in one conversation, besides those that compare
+MAX_BEFORE = 3  # questions before the one that is asked
 COMPARING = ("relation", "what_at", "bigger", "smaller", "is_bigger", "same_colour", "more")
 # What can be asked of pictures in other colours.
 COLOUR_BLIND = ("shape", "material", "count", "where", "relation", "is_bigger", "more")
@@ -59,7 +63,7 @@ DRAWN_FOR_ONE = 3  # for every one that is kept: most name a colour
 TRIES = 4  # for every such question: not every scene has things of each kind to compare
 # Batches in turn, first of pictures alone and then with conversations: from these alone pointing is forgotten.
 FIRST_TURNS = ("look", "plan")
-LATER_TURNS = ("converse", "talk", "ask", "talk", "see", "talk", "plan", "talk", "look", "talk", "see", "talk")
+LATER_TURNS = ("converse", "ask", "see", "ask", "plan", "ask", "look", "ask", "see", "ask")
 COLOURS_OF_THINGS = list(OF_A_THING).index("colour")
 Asked = tuple[Scene, Question]
 
@@ -90,11 +94,11 @@ class Batches:
             return self._recoloured(items)
         if turn == "plan":
             return self._planned(items)
-        if turn in ("ask", "talk"):
-            return self._asked(items, together=turn == "talk")
-        asked = [questions_about(item) if item.task == "understanding" else () for item in items]
-        batch = self.conversations(items, [answered(item) for item in items], [next(iter(q), None) for q in asked])
-        unseen = [answers for item, questions in zip(items, asked) for answers in _unseen(item, questions) or [()]]
+        if turn == "ask":
+            return self._asked(items)
+        asked = [questions_about(item)[-1] if item.task == "understanding" else None for item in items]
+        batch = self.conversations(items, [answered(item) for item in items], asked)
+        unseen = [_unseen(item, [q])[0] if q else () for item, q in zip(items, asked)]
         return batch | {"unseen": self.unseen_words.find(batch["labels"], unseen)}
 
     def _described(self, items: Sequence[Item]) -> dict[str, Any]:
@@ -118,9 +122,9 @@ class Batches:
             words, (picture, of_things) = wording(item.language, rng), recoloured(item.pictures[0], scene, rng)
             pictures.append(picture)
             unseen.append(of_things)
-            for question in (q for _ in range(DRAWN_FOR_ONE) for q in _single_questions(scene, words, item.split)):
+            for (*_, question) in (talk for _ in range(DRAWN_FOR_ONE) for talk in _talks(scene, words, item.split)):
                 if question.kind in COLOUR_BLIND and not any(described.colour for described in question.about):
-                    turns.append((row, conversation_text(turns_of(question, with_picture=True))))
+                    turns.append((row, conversation_text(talk_of([question]))))
                     pairs.append((scene, question))
                     asked = of_things[question.about[0].matches(scene)[0]] if question.kind == "shape" else ()
                     answers.append(tuple(words.shape(shape) for shape in sorted(asked)))
@@ -129,7 +133,7 @@ class Batches:
         batch["seen"]["unseen_shapes"] = unseen_at_points(scenes, unseen, NUM_POINTS)
         if not pairs:
             return batch
-        batch |= self._answers(batch, pairs, pairs)
+        batch |= self._answers(batch, pairs)
         batch["known"]["things"][..., COLOURS_OF_THINGS] = UNNAMED
         batch["known"]["unseen_shapes"] = unseen_of_roles(pairs, [unseen[row] for row, _ in turns])
         return batch | {"unseen": self.unseen_words.find(batch["labels"], answers)}
@@ -150,32 +154,27 @@ class Batches:
         pictures = self._short_turns([item.pictures[0] for item in items], turns)
         return pictures | {"seen": seen, "wanted": wanted, "asked": roles}
 
-    def _asked(self, items: Sequence[Item], together: bool) -> dict[str, Any]:
-        """Pictures, and questions about each, every one answered on its own, or all of them together: all but the first
-        stand behind the picture then. No captions, which are long: conversations have them."""
-        turns, first, pairs, unseen = [], [], [], []
+    def _asked(self, items: Sequence[Item]) -> dict[str, Any]:
+        """Pictures, and questions about each, every one answered on its own, some behind earlier ones. No captions,
+        which are long: conversations have them."""
+        turns, pairs, unseen = [], [], []
         for row, item in enumerate(items):
             scene, words = item.scenes[0], wording(item.language, np.random.default_rng((item.seed, NUM_ASKED)))
-            drawn = _talk if together else _single_questions
-            questions = [q for q in drawn(scene, words, item.split) if not q.kind.startswith("caption")]
-            for talk in [questions] if together else [[question] for question in questions]:
-                if talk:
-                    said = [turn for i, question in enumerate(talk) for turn in turns_of(question, with_picture=i == 0)]
-                    turns.append((row, conversation_text(said)))
-                    first.append((scene, talk[0]))
-            pairs += [(scene, question) for question in questions]
-            unseen += _unseen(item, questions)
+            for talk in _talks(scene, words, item.split):
+                turns.append((row, conversation_text(talk_of(talk))))
+                pairs.append((scene, talk[-1]))
+                unseen += _unseen(item, talk[-1:])
         batch = self._short_turns([item.pictures[0] for item in items], turns)
         batch["seen"] = self._labels([item.scenes[0] for item in items])
         if not pairs:
             return batch
-        batch |= self._answers(batch, first, pairs)
+        batch |= self._answers(batch, pairs)
         return batch | {"unseen": self.unseen_words.find(batch["labels"], unseen)}
 
-    def _answers(self, batch: dict[str, Any], first: Sequence[Asked], pairs: Sequence[Asked]) -> dict[str, Any]:
-        """What is to be learned of the first question of every turn, and of all."""
+    def _answers(self, batch: dict[str, Any], pairs: Sequence[Asked]) -> dict[str, Any]:
+        """What is to be learned of the question of every turn."""
         labels = answer_labels(batch["input_ids"], batch["attention_mask"], self.processor.tokens)
-        return {"labels": labels, "asked": asked_labels(first, NUM_POINTS), "known": known_labels(pairs)}
+        return {"labels": labels, "asked": asked_labels(pairs, NUM_POINTS), "known": known_labels(pairs)}
 
     def _short_turns(self, pictures: Sequence[np.ndarray], turns: Sequence[tuple[int, str]]) -> dict[str, Tensor]:
         """pixel_values and image_grid_thw of the pictures; input_ids and attention_mask [N, L] of turns, of which each
@@ -221,16 +220,15 @@ class Batches:
         return dense_labels(scenes, NUM_POINTS)
 
 
-def _single_questions(scene: Scene, words: Wording, split: str) -> list[Question]:
-    """NUM_ASKED, or fewer where the scene has no more to compare."""
-    found = [q for _ in range(NUM_ASKED - NUM_COMPARING) for q in converse(scene, words, split, 1)]
-    return found + _comparing(scene, words, split)
-
-
-def _talk(scene: Scene, words: Wording, split: str) -> list[Question]:
-    """Up to NUM_TALKED of any kind, and behind them or before them those that compare."""
-    found, comparing = list(converse(scene, words, split, NUM_TALKED)), _comparing(scene, words, split)
-    return found + comparing if words.chance(0.5) else comparing + found
+def _talks(scene: Scene, words: Wording, split: str) -> list[tuple[Question, ...]]:
+    """About NUM_ASKED questions, each behind up to MAX_BEFORE others of the same conversation; NUM_COMPARING of them
+    compare, besides those that come by chance, or fewer where the scene has no more of those."""
+    talk = converse(scene, words, split, 1 + NUM_ASKED - NUM_COMPARING)
+    talks = [talk[max(0, i - words.pick(range(1, 1 + MAX_BEFORE))) : i + 1] for i in range(len(talk))]
+    for question in _comparing(scene, words, split):
+        begin = words.pick(range(1 + len(talk)))
+        talks.append((*talk[begin : begin + words.pick(range(1 + MAX_BEFORE))], question))
+    return [told for told in talks if not told[-1].kind.startswith("caption")]
 
 
 def _comparing(scene: Scene, words: Wording, split: str) -> list[Question]:
