@@ -82,7 +82,7 @@ class Batches:
         that are asked for, and their `changed_points`. Turns about a picture have input_ids and attention_mask [N, L],
         and row int64 [N], which picture it is; conversations have the fields of VLMInputs, and wanted. Both have labels
         [N, L] where there are answers: a token where it is part of one, else IGNORED; and unseen, of `UnseenWords`.
-        Questions, one to a turn or all about a picture in one, have known, of `known_labels`.
+        Questions have known, of `known_labels`.
         """
         turns = FIRST_TURNS if seeds.start < self.config.first_item + self.config.look_items else LATER_TURNS
         turn = turns[seeds.start // len(seeds) % len(turns)]
