@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from PIL import Image
@@ -166,6 +166,9 @@ class Conditioner:
 
     def _condition(self, request: Request, reading: Reading) -> Conditioning:
         model, dtype = self.model, self.model.dtype
+        if model.images_last and request.history:  # it has learned to draw from single messages
+            request = replace(request, history=())
+            reading = self.read(self.tokenize(request))
         images = all_images(request)
         siglip_states = None
         encoder = model.reference_encoder

@@ -240,7 +240,8 @@ def test_chat_with_history_and_pictures(engine):
 
 
 def test_pictures_stand_behind_the_last_message_where_the_model_wants_them(engine, monkeypatch):
-    """Those of the last turn that shows some, and earlier ones where they were; none are moved behind others."""
+    """Those of the last turn that shows some, and earlier ones where they were; none are moved behind others. What is
+    drawn is then drawn of the last message alone, and answers know all that was said."""
     shown, drawn, other = picture(), picture("blue"), picture("green")
     first, answer = Turn("user", "what is this?", (shown,)), Turn("assistant", "a ball", (drawn,))
     told = Turn("assistant", "a ball")
@@ -259,12 +260,19 @@ def test_pictures_stand_behind_the_last_message_where_the_model_wants_them(engin
         {"role": "user", "content": "make it blue"},
     ]
     settings = {"mode": "image", "seed": 1, **FAST}
+    monkeypatch.setattr(engine.model, "images_last", False)
     there = engine.chat(messages, **settings).result.latents
     monkeypatch.setattr(engine.model, "images_last", True)
     behind = engine.chat(messages, **settings).result.latents
     history = (Turn("user", "what is this?"), told)
     asked = Request(prompt="make it blue", images=(shown,), history=history, seed=1, **FAST)
     assert torch.equal(behind, engine.run([asked])[0].latents) and not torch.allclose(behind, there, atol=1e-4)
+    assert torch.equal(behind, engine.edit(shown, "make it blue", seed=1, **FAST).latents)
+    read = []
+    monkeypatch.setattr(engine.conditioner, "answer", lambda reading, **_: read.append(reading) or "")
+    engine.chat(messages, mode="text")
+    alone = engine.conditioner.tokenize(Request(prompt="make it blue", images=(shown,)))
+    assert read[0].inputs.input_ids.shape[1] > alone.input_ids.shape[1]
 
 
 @pytest.mark.parametrize("task", PERCEPTION_PROMPTS)

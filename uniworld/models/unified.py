@@ -68,7 +68,8 @@ class UniWorld:
     one: what they show need not be found in steps."""
     images_last: bool = False
     """Whether the pictures of a conversation stand behind its last message, whatever turn showed them, and see that
-    turn alone: a small model answers what it has read with the question in mind, and mixes up several questions."""
+    turn alone, of which alone is drawn: a small model answers what it has read with the question in mind, mixes up
+    several questions, and has learned to draw from single messages."""
     references: str = "siglip"
     """What stands for a reference picture beside its VLM states: one of `references.REFERENCES`."""
     random_weights: bool = False
