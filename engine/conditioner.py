@@ -157,6 +157,9 @@ class Conditioner:
             self._parts.bring(group)
 
     def _cached(self, request: Request, inputs: VLMInputs, reading: Reading | None) -> Conditioning:
+        if self.model.images_last and request.history:  # it has learned to draw from single messages
+            request = replace(request, history=())
+            inputs, reading = self.tokenize(request), None
         key = conditioning_key(request)
         found = self.cache.get(key)
         if found is None:
@@ -166,9 +169,6 @@ class Conditioner:
 
     def _condition(self, request: Request, reading: Reading) -> Conditioning:
         model, dtype = self.model, self.model.dtype
-        if model.images_last and request.history:  # it has learned to draw from single messages
-            request = replace(request, history=())
-            reading = self.read(self.tokenize(request))
         images = all_images(request)
         siglip_states = None
         encoder = model.reference_encoder
