@@ -24,6 +24,7 @@ from uniworld.train.parts import conversations, dense, make_part, vlm_batches
 from uniworld.train.parts import words as parts_words
 from uniworld.train.parts.config import load_part_config
 from uniworld.train.parts.grounding import NO_QUESTION, PLAYS
+from uniworld.train.parts.sizes import PREPROCESSOR
 
 
 def test_a_short_answer_counts_nearly_as_much_as_a_caption():
@@ -138,21 +139,34 @@ def test_a_question_is_asked_behind_earlier_ones(words, tmp_path):
 
 
 def test_in_other_colours_nothing_is_said_of_colours(words, tmp_path):
-    """What is seen is as before but for the colours, which neither labels nor questions nor answers name."""
+    """What is seen is as before but for colours and materials, of which neither labels nor questions nor answers speak;
+    and the same is shown in greys, in which it is to be seen too."""
     part = make_part(part_config("vlm", tmp_path, words, tmp_path, "look_items=0"))
     batch, items = part.make(range(8, 12)), [make_item("understanding", seed, "train") for seed in range(8, 12)]
     points = dense.dense_labels([item.scenes[0] for item in items], 24)["points"]
-    assert (batch["seen"]["points"][..., 1] == dense.UNNAMED).all()
-    assert torch.equal(batch["seen"]["points"][..., [0, 2, 3]], points[..., [0, 2, 3]])
-    assert (batch["known"]["things"][..., 1] == dense.UNNAMED).all() and len(batch["row"]) >= 3
+    assert (batch["seen"]["points"][..., 1:3] == dense.UNNAMED).all() and "whole" not in batch["seen"]
+    assert torch.equal(batch["seen"]["points"][..., [0, 3]], points[..., [0, 3]])
+    assert (batch["known"]["things"][..., 1:3] == dense.UNNAMED).all() and len(batch["row"]) >= 3
     pixels, _ = part.processor.vision([Image.fromarray(item.pictures[0]) for item in items])
     assert pixels.shape == batch["pixel_values"].shape and not torch.equal(pixels, batch["pixel_values"])
+    mean, std = (torch.tensor(PREPROCESSOR[f"image_{name}"]).view(3, 1) for name in ("mean", "std"))
+    greys = batch["grey_values"].unflatten(-1, (3, -1)) * std + mean
+    assert greys.flatten(1).shape == pixels.shape and (greys - greys[:, :1]).abs().max() < 1e-5
     colours = [word for language in ("en", "zh") for word in wording(language, None).words.COLOURS.values()]
     for ids in batch["input_ids"]:
         text = part.processor.tokenizer.decode(ids)
         assert not any(word in text for synonyms in colours for word in synonyms if word != "red"), text  # "covered"
+    visual, read = part.module.vlm.model.visual, part.module.dense
+    with torch.no_grad():
+        coloured, grey = (
+            visual(batch[name], grid_thw=batch["image_grid_thw"]).pooler_output.unflatten(0, (4, -1))
+            for name in ("pixel_values", "grey_values")
+        )
+        expected = read.agreement(coloured, grey, batch["seen"]["points"])
+        assert float(part.loss(batch, None)[1]["agreement"]) == pytest.approx(float(expected), rel=1e-4)
     logged = overfit(part, batch, num_steps=40, lr=3e-3)
-    assert not any("colour" in name for name in logged[0][1]) and "known_shape_right" in logged[0][1]
+    assert not any("colour" in name or "material" in name for name in logged[0][1])
+    assert "known_shape_right" in logged[0][1]
     assert logged[-1][0] < 0.6 * logged[0][0], logged[::8]
 
 

@@ -106,6 +106,29 @@ def _names(scene):
     return np.array(rows)[render(scene, 16).ids]
 
 
+def test_in_colour_shapes_are_read_as_in_greys():
+    """Against the sum over classes and points of things, in fp64; greys learn nothing of it, and every class counts."""
+    torch.manual_seed(0)
+    head, points = dense.DenseHead(24, 2), torch.randint(0, 3, (2, 4, 4, 4), dtype=torch.uint8)
+    coloured, greys = torch.randn(2, 4, 24, requires_grad=True), torch.randn(2, 4, 24, requires_grad=True)
+    loss = head.agreement(coloured, greys, points)
+    weight, bias = head.points.weight.detach().double(), head.points.bias.detach().double()
+    expected, number = 0.0, 0
+    for b, t, cell in itertools.product(range(2), range(4), range(4)):
+        row, column = 2 * (t // 2) + cell // 2, 2 * (t % 2) + cell % 2
+        if points[b, row, column, 0] == dense.NOTHING:
+            continue
+        rows = slice(cell * sum(dense.POINT_CLASSES), cell * sum(dense.POINT_CLASSES) + 1 + len(SHAPES))
+        states = (side.detach()[b, t].double() for side in (coloured, greys))
+        states = ((x - x.mean()) / (x.var(correction=0) + 1e-5).sqrt() for x in states)
+        seen, wanted = ((weight[rows] @ x + bias[rows]).softmax(0) for x in states)
+        expected, number = expected - float(wanted @ seen.log()), number + 1
+    assert number > 10 and float(loss.detach()) == pytest.approx(expected / number, rel=1e-5)
+    loss.backward()
+    assert greys.grad is None and coloured.grad.abs().sum() > 0
+    assert float(head.agreement(coloured, greys, torch.zeros_like(points)).detach()) == 0
+
+
 def test_a_place_is_read_from_what_tells_it():
     head = dense.PlaceHead(9, 9)
     for parameter in head.place.parameters():

@@ -2,49 +2,75 @@
 
 Ten pairs of shape and colour are held out. A vision tower that sees no blue cylinder has no need to look at what tells
 one from a blue cube, and does not: after 22,000 steps it read the shapes of 95 % of things, and of 46 % of those whose
-pair is held out. Turning hues and taking colour away, as all contrastive learning does (Chen et al., 2020, SimCLR,
-section 3.2), makes it look. No picture shows a held-out pair: what comes near its colour is not drawn, or so pale that
-it is a tinted grey.
+pair is held out. Other hues and brightness for each thing and colour taken away, as all contrastive learning does (Chen
+et al., 2020, SimCLR, section 3.2), make it look; and in colour it must find what it finds in greys (`dense.agreement`).
+No picture shows a held-out pair: what comes near its colour is not drawn, or so pale that it is a tinted grey.
 """
 
 import colorsys
 from collections.abc import Collection, Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import cv2
 import numpy as np
 import torch
 from torch import Tensor
 
-from uniworld.data.scenes.graph import COLOURS, SHAPES, Scene, is_held_out
+from uniworld.data.scenes.graph import COLOURS, SHAPES, Scene, Thing, is_held_out
 from uniworld.data.scenes.questions import Question
 from uniworld.train.parts.dense import geometry_at
 from uniworld.train.parts.grounding import ROLES, things_of
 
-PALE_RATE = 0.6  # of pictures, how many lose their colours, all of them or nearly
-PALE, VIVID, GAMMA = (-0.1, 0.35), (0.4, 1.2), (0.8, 1.25)  # shares of the colour left, and exponents of brightness
+PALE_RATE = 0.3  # of pictures, how many lose their colours, all of them or nearly
+PALE, VIVID, GAMMA = (-0.1, 0.35), (0.4, 1.2), (0.75, 1.33)  # shares of the colour left, and exponents of brightness
+DARKER, BRIGHTER = (0.5, 1.5), (1.0, 4.5)  # by what a thing's brightness may be multiplied, and that of a black one
 MIN_HUE_GAP = 25.0  # degrees between a thing's hue and that of the colour that is held out with its shape
 WHITISH, BLACKISH = 0.65, 0.25  # luminances from which a pale thing may be taken for white, up to which for black
+NO_HUE = 0.15  # luminance up to which any thing may be taken for black
+MIDDLE = (0.28, 0.62)  # luminances of things in greys, between black and white
+LUMINANCE = np.array([0.299, 0.587, 0.114])  # of red, green and blue, as in cv2
 TRIES = 20
 GREYS = ("white", "black")  # colours without a hue
 UnseenShapes = tuple[frozenset[str], ...]  # of every thing of a scene
 
 
+class Look(NamedTuple):
+    """How a thing is shown: by what its hue turns, degrees, and its brightness is multiplied."""
+
+    shift: float = 0.0
+    gain: float = 1.0
+
+
 def recoloured(picture: np.ndarray, scene: Scene, rng: np.random.Generator) -> tuple[np.ndarray, UnseenShapes]:
-    """A picture of the scene, uint8 [H, W, 3], with hues turned, paler or richer, darker or lighter, or in greys; and
-    of every thing the shapes that are never shown as it is coloured now, which are not to be learned as impossible."""
-    light = (255 * (np.arange(256) / 255) ** rng.uniform(*GAMMA)).round().astype(np.uint8)
-    pale = rng.random() < PALE_RATE
-    shift = _hue_shift(scene, rng, pale)
-    if shift is None:
-        pale, shift = False, 0.0  # hues that are shown anyway
+    """A picture of the scene, uint8 [H, H, 3], with hues and brightness of each thing and of what is behind changed,
+    paler or richer, or in greys; and of every thing the shapes that are never shown as it is coloured now, which are
+    not to be learned as impossible."""
+    gamma, pale = rng.uniform(*GAMMA), rng.random() < PALE_RATE
+    looks, unseen = [Look(shift=rng.uniform(0, 360))], []
+    for thing in scene.things:
+        look, held_out = _new_look(thing, rng, gamma, pale)
+        looks.append(look)
+        unseen.append(held_out - {thing.shape})
+    shifts, gains = np.array(looks)[geometry_at(scene, len(picture))[0]].transpose(2, 0, 1)
     hue, saturation, value = cv2.split(cv2.cvtColor(picture, cv2.COLOR_RGB2HSV_FULL))
-    hue = hue + np.uint8(shift / 360 * 256)  # around the circle, as 8 bits are
-    turned = cv2.cvtColor(cv2.merge([hue, saturation, light[value]]), cv2.COLOR_HSV2RGB_FULL).astype(np.float32)
+    hue = hue + (shifts / 360 * 256).astype(np.int64).astype(np.uint8)  # around the circle, as 8 bits are
+    value = _bytes(255 * gains * (value / 255) ** gamma)
+    turned = cv2.cvtColor(cv2.merge([hue, saturation, value]), cv2.COLOR_HSV2RGB_FULL).astype(np.float32)
     grey = cv2.cvtColor(turned, cv2.COLOR_RGB2GRAY)[..., None]
-    new = grey + max(rng.uniform(*(PALE if pale else VIVID)), 0) * (turned - grey)
-    unseen = tuple(_held_out_with(_near(thing.colour, shift, pale)) - {thing.shape} for thing in scene.things)
-    return new.round().clip(0, 255).astype(np.uint8), unseen
+    return _bytes(grey + max(rng.uniform(*(PALE if pale else VIVID)), 0) * (turned - grey)), tuple(unseen)
+
+
+def greyed(picture: np.ndarray, scene: Scene, rng: np.random.Generator) -> np.ndarray:
+    """A picture of the scene, uint8 [H, H, 3], in greys, every thing of a middling brightness of its own: of no colour
+    that has a name."""
+    gamma, gains = rng.uniform(*GAMMA), [1.0]
+    for thing in scene.things:
+        luminance = float(LUMINANCE @ COLOURS[thing.colour]) / 255
+        gains.append(rng.uniform(*MIDDLE) / luminance**gamma)
+    grey = cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY) / 255
+    light = _bytes(255 * np.array(gains)[geometry_at(scene, len(picture))[0]] * grey**gamma)
+    return np.repeat(light[..., None], 3, axis=2)
 
 
 def unseen_at_points(scenes: Sequence[Scene], unseen: Sequence[UnseenShapes], num_points: int) -> Tensor:
@@ -68,28 +94,39 @@ def _classes(unseen: UnseenShapes) -> np.ndarray:
     return np.array([[False] * (1 + len(SHAPES)), *([False, *(s in shapes for s in SHAPES)] for shapes in unseen)])
 
 
-def _hue_shift(scene: Scene, rng: np.random.Generator, pale: bool) -> float | None:
-    """Degrees, 0 to 360, by which all hues turn so that no thing comes near a colour that is held out with its shape;
-    None where nothing was found."""
-    for shift in rng.uniform(0, 360, TRIES):
-        if not any(thing.shape in _held_out_with(_near(thing.colour, shift, pale)) for thing in scene.things):
-            return float(shift)
-    return None
+def _new_look(thing: Thing, rng: np.random.Generator, gamma: float, pale: bool) -> tuple[Look, frozenset[str]]:
+    """One in which the thing comes near no colour that is held out with its shape, and the shapes that are held out
+    with those it comes near; where none was found, its own hue at a middling brightness."""
+    gains = np.log(BRIGHTER if thing.colour == "black" else DARKER)
+    for _ in range(TRIES):
+        look = Look(rng.uniform(0, 360), float(np.exp(rng.uniform(*gains))))
+        held_out = _held_out_with(_near(thing.colour, look, gamma, pale))
+        if thing.shape not in held_out:
+            return look, held_out
+    look = Look(gain=float(np.mean(MIDDLE)) / _shown(thing.colour, Look(), gamma)[1])
+    return look, _held_out_with(_near(thing.colour, look, gamma, pale))
 
 
-def _near(colour: str, shift: float, pale: bool) -> list[str]:
-    """The colours for which this one may be taken when its hue is turned; white and black stay what they are."""
-    if colour in GREYS:
-        return [colour]
-    turned = hue_of(colour) + shift
-    if not pale:
-        hues = {other: hue_of(other) for other in COLOURS if other not in GREYS}
-        return [other for other, hue in hues.items() if abs((turned - hue + 180) % 360 - 180) < MIN_HUE_GAP]
-    _, saturation, value = colorsys.rgb_to_hsv(*(c / 255 for c in COLOURS[colour]))
-    red, green, blue = colorsys.hsv_to_rgb(turned / 360 % 1, saturation, value)
-    luminance = 0.299 * red + 0.587 * green + 0.114 * blue
-    taken = {"white": luminance >= WHITISH, "black": luminance <= BLACKISH}
-    return [grey for grey in GREYS if taken[grey]]
+def _shown(colour: str, look: Look, gamma: float) -> tuple[float, float]:
+    """Hue, degrees, and luminance, 0 to 1, of a thing of this colour."""
+    hue, saturation, value = colorsys.rgb_to_hsv(*(c / 255 for c in COLOURS[colour]))
+    hue = (hue + look.shift / 360) % 1
+    return 360 * hue, float(LUMINANCE @ colorsys.hsv_to_rgb(hue, saturation, min(look.gain * value**gamma, 1)))
+
+
+def _near(colour: str, look: Look, gamma: float, pale: bool) -> list[str]:
+    """The colours for which a thing of this one may be taken."""
+    hue, luminance = _shown(colour, look, gamma)
+    without_hue = pale or colour in GREYS
+    near = ["black"] if luminance <= (BLACKISH if without_hue else NO_HUE) else []
+    if without_hue:
+        return near + ["white"] if luminance >= WHITISH else near
+    hues = {other: hue_of(other) for other in COLOURS if other not in GREYS}
+    return near + [other for other, at in hues.items() if abs((hue - at + 180) % 360 - 180) < MIN_HUE_GAP]
+
+
+def _bytes(values: np.ndarray) -> np.ndarray:
+    return values.round().clip(0, 255).astype(np.uint8)
 
 
 def _held_out_with(colours: Collection[str]) -> frozenset[str]:

@@ -102,9 +102,8 @@ class VisionLanguage:
 
     def _look(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, float | Tensor]]:
         """The tower sees each picture once; the language model reads every turn about it."""
-        device, visual = self.vlm.device, self.vlm.model.model.visual
-        visual(batch["pixel_values"].to(device), grid_thw=batch["image_grid_thw"].to(device))
-        seeing, more = self._read("dense", self._seen, batch["seen"])
+        device = self.vlm.device
+        seeing, more = self._see(batch)
         if "row" not in batch:
             return seeing, more
         of_pictures = batch["input_ids"].to(device) == self.processor.tokens.image_pad
@@ -122,6 +121,26 @@ class VisionLanguage:
             plan, planned = self._read_plan(states[of_pictures], batch["wanted"])
             loss, told = loss + plan, told | planned
         return loss, more | told
+
+    def _see(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, float | Tensor]]:
+        """What the tower reads of the pictures, whose states are then `_seen`; and of the same in greys, if any."""
+        device, visual = self.vlm.device, self.vlm.model.model.visual
+        grids = batch["image_grid_thw"].to(device)
+        in_greys = batch.get("grey_values")
+        if in_greys is None:
+            visual(batch["pixel_values"].to(device), grid_thw=grids)
+            return self._read("dense", self._seen, batch["seen"])
+        visual(in_greys.to(device), grid_thw=grids)
+        greys = self._seen
+        any_shape = {"unseen_shapes": torch.zeros_like(batch["seen"]["unseen_shapes"])}
+        seeing_greys, _ = self._read("dense", greys, batch["seen"] | any_shape)
+        visual(batch["pixel_values"].to(device), grid_thw=grids)
+        seeing, more = self._read("dense", self._seen, batch["seen"])
+        by_token = (len(grids), -1)
+        agreeing = self.module["dense"].agreement(
+            self._seen.unflatten(0, by_token), greys.unflatten(0, by_token), batch["seen"]["points"].to(device)
+        )
+        return seeing + seeing_greys + agreeing, more | {"agreement": agreeing.detach()}
 
     def _states_of_turns(self, batch: dict[str, Any], of_pictures: Tensor) -> Tensor:
         """[N, L, D], from what the tower has just seen."""
@@ -177,7 +196,7 @@ class VisionLanguage:
     def _read(self, head: str, states: Tensor, labels: dict[str, Tensor]) -> tuple[Tensor, dict[str, float | Tensor]]:
         """What a head reads from the states of the pictures' tokens [all, D]."""
         labels = {name: label.to(self.vlm.device) for name, label in labels.items()}
-        return self.module[head](states.unflatten(0, (len(labels["whole"]), -1)), labels)
+        return self.module[head](states.unflatten(0, (len(labels["points"]), -1)), labels)
 
     @torch.no_grad()
     def score(self) -> dict[str, float]:

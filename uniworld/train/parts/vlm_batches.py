@@ -32,7 +32,7 @@ from uniworld.train.parts.conversations import (
 from uniworld.train.parts.dense import OF_A_THING, UNNAMED, changed_points, dense_labels
 from uniworld.train.parts.grounding import NO_QUESTION, ROLES, asked_labels, changed_labels, descriptions
 from uniworld.train.parts.known import known_labels
-from uniworld.train.parts.recolour import UnseenShapes, recoloured, unseen_at_points, unseen_of_roles
+from uniworld.train.parts.recolour import UnseenShapes, greyed, recoloured, unseen_at_points, unseen_of_roles
 from uniworld.train.parts.sizes import PREPROCESSOR, VLM_PX
 from uniworld.train.parts.unseen_words import UnseenWords, unseen_answers
 
@@ -57,14 +57,14 @@ NUM_DESCRIPTIONS, NUM_EDITS, NUM_ASKED = 6, 5, 6
 NUM_COMPARING = 3
 MAX_BEFORE = 3  # questions before the one that is asked
 COMPARING = ("relation", "what_at", "bigger", "smaller", "is_bigger", "same_colour", "more")
-# What can be asked of pictures in other colours.
-COLOUR_BLIND = ("shape", "material", "count", "where", "relation", "is_bigger", "more")
+# What can be asked of pictures in other colours; materials, whose lights change with brightness, can not.
+COLOUR_BLIND = ("shape", "count", "where", "relation", "is_bigger", "more")
 DRAWN_FOR_ONE = 3  # for every one that is kept: most name a colour
 TRIES = 4  # for every such question: not every scene has things of each kind to compare
 # Batches in turn, first of pictures alone and then with conversations: from these alone pointing is forgotten.
 FIRST_TURNS = ("look", "plan")
 LATER_TURNS = ("converse", "ask", "see", "ask", "plan", "ask", "look", "ask", "see", "ask")
-COLOURS_OF_THINGS = list(OF_A_THING).index("colour")
+UNSHOWN = [list(OF_A_THING).index(name) for name in ("colour", "material")]  # in other colours
 Asked = tuple[Scene, Question]
 
 
@@ -77,11 +77,12 @@ class Batches:
         """Of the first `look_items` items pictures with descriptions, and edits to plan; then conversations and single
         questions as well, in turn.
 
-        All have pixel_values and image_grid_thw, unless no picture is shown; seen: the labels of `dense` for the
-        pictures; and asked uint8 [N, P, P, 3], of `asked_labels`. Edits have wanted, labels as of seen for the pictures
-        that are asked for, and their `changed_points`. Turns about a picture have input_ids and attention_mask [N, L],
-        and row int64 [N], which picture it is; conversations have the fields of VLMInputs, and wanted. Both have labels
-        [N, L] where there are answers: a token where it is part of one, else IGNORED; and unseen, of `UnseenWords`.
+        All have pixel_values and image_grid_thw, unless no picture is shown, and grey_values where it is shown in greys
+        too; seen: the labels of `dense` for the pictures; and asked uint8 [N, P, P, 3], of `asked_labels`. Edits have
+        wanted, labels as of seen for the pictures that are asked for, and their `changed_points`. Turns about a picture
+        have input_ids and attention_mask [N, L], and row int64 [N], which picture it is; conversations have the fields
+        of VLMInputs, and wanted. Both have labels [N, L] where there are answers: a token where it is part of one, else
+        IGNORED; and unseen, of `UnseenWords`.
         Questions have known, of `known_labels`.
         """
         turns = FIRST_TURNS if seeds.start < self.config.first_item + self.config.look_items else LATER_TURNS
@@ -114,13 +115,15 @@ class Batches:
         return batch | {"asked": asked_labels(pairs, NUM_POINTS)} if pairs else batch
 
     def _recoloured(self, items: Sequence[Item]) -> dict[str, Any]:
-        """Pictures in other colours, which have no names, and of the questions about each those that name none."""
-        scenes, pictures, turns, pairs, answers = [item.scenes[0] for item in items], [], [], [], []
+        """Pictures in other colours, which have no names, the same in greys, and of the questions about each those that
+        name no colour."""
+        scenes, pictures, greys, turns, pairs, answers = [item.scenes[0] for item in items], [], [], [], [], []
         unseen: list[UnseenShapes] = []
         for row, (item, scene) in enumerate(zip(items, scenes)):
             rng = np.random.default_rng((item.seed, NUM_ASKED))
             words, (picture, of_things) = wording(item.language, rng), recoloured(item.pictures[0], scene, rng)
             pictures.append(picture)
+            greys.append(greyed(item.pictures[0], scene, rng))
             unseen.append(of_things)
             for (*_, question) in (talk for _ in range(DRAWN_FOR_ONE) for talk in _talks(scene, words, item.split)):
                 if question.kind in COLOUR_BLIND and not any(described.colour for described in question.about):
@@ -129,12 +132,14 @@ class Batches:
                     asked = of_things[question.about[0].matches(scene)[0]] if question.kind == "shape" else ()
                     answers.append(tuple(words.shape(shape) for shape in sorted(asked)))
         batch = self._short_turns(pictures, turns) | {"seen": self._labels(scenes)}
-        batch["seen"]["points"][..., COLOURS_OF_THINGS] = UNNAMED
+        batch["grey_values"], _ = self.processor.vision([Image.fromarray(grey) for grey in greys])
+        del batch["seen"]["whole"]
+        batch["seen"]["points"][..., UNSHOWN] = UNNAMED
         batch["seen"]["unseen_shapes"] = unseen_at_points(scenes, unseen, NUM_POINTS)
         if not pairs:
             return batch
         batch |= self._answers(batch, pairs)
-        batch["known"]["things"][..., COLOURS_OF_THINGS] = UNNAMED
+        batch["known"]["things"][..., UNSHOWN] = UNNAMED
         batch["known"]["unseen_shapes"] = unseen_of_roles(pairs, [unseen[row] for row, _ in turns])
         return batch | {"unseen": self.unseen_words.find(batch["labels"], answers)}
 
