@@ -3,8 +3,9 @@
 Ten pairs of shape and colour are held out. A vision tower that sees no blue cylinder has no need to look at what tells
 one from a blue cube, and does not: after 22,000 steps it read the shapes of 95 % of things, and of 46 % of those whose
 pair is held out. Other hues and brightness for each thing and colour taken away, as all contrastive learning does (Chen
-et al., 2020, SimCLR, section 3.2), make it look; and in colour it must find what it finds in greys (`dense.agreement`).
-No picture shows a held-out pair: what comes near its colour is not drawn, or so pale that it is a tinted grey.
+et al., 2020, SimCLR, section 3.2), make it look; and in colour it must find what it finds in greys (`agreement` in
+`dense`). No picture shows a held-out pair: what comes near its colour is not drawn, or so pale that it is a tint of
+grey.
 """
 
 import colorsys
