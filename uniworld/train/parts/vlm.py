@@ -124,23 +124,22 @@ class VisionLanguage:
 
     def _see(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, float | Tensor]]:
         """What the tower reads of the pictures, whose states are then `_seen`; and of the same in greys, if any."""
-        device, visual = self.vlm.device, self.vlm.model.model.visual
-        grids = batch["image_grid_thw"].to(device)
-        in_greys = batch.get("grey_values")
-        if in_greys is None:
-            visual(batch["pixel_values"].to(device), grid_thw=grids)
-            return self._read("dense", self._seen, batch["seen"])
-        visual(in_greys.to(device), grid_thw=grids)
-        greys = self._seen
+        if "grey_values" not in batch:
+            return self._see_pixels(batch["pixel_values"], batch, batch["seen"])
         any_shape = {"unseen_shapes": torch.zeros_like(batch["seen"]["unseen_shapes"])}
-        seeing_greys, _ = self._read("dense", greys, batch["seen"] | any_shape)
-        visual(batch["pixel_values"].to(device), grid_thw=grids)
-        seeing, more = self._read("dense", self._seen, batch["seen"])
-        by_token = (len(grids), -1)
-        agreeing = self.module["dense"].agreement(
-            self._seen.unflatten(0, by_token), greys.unflatten(0, by_token), batch["seen"]["points"].to(device)
-        )
+        seeing_greys, _ = self._see_pixels(batch["grey_values"], batch, batch["seen"] | any_shape)
+        greys = self._seen
+        seeing, more = self._see_pixels(batch["pixel_values"], batch, batch["seen"])
+        coloured, greys = (states.unflatten(0, (len(batch["image_grid_thw"]), -1)) for states in (self._seen, greys))
+        agreeing = self.module["dense"].agreement(coloured, greys, batch["seen"]["points"].to(self.vlm.device))
         return seeing + seeing_greys + agreeing, more | {"agreement": agreeing.detach()}
+
+    def _see_pixels(
+        self, pixels: Tensor, batch: dict[str, Any], labels: dict[str, Tensor]
+    ) -> tuple[Tensor, dict[str, float | Tensor]]:
+        device = self.vlm.device
+        self.vlm.model.model.visual(pixels.to(device), grid_thw=batch["image_grid_thw"].to(device))
+        return self._read("dense", self._seen, labels)
 
     def _states_of_turns(self, batch: dict[str, Any], of_pictures: Tensor) -> Tensor:
         """[N, L, D], from what the tower has just seen."""
