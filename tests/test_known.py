@@ -1,5 +1,7 @@
 """What the VLM of `tiny` must know where an answer begins (`uniworld/train/parts/known.py`)."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -7,8 +9,8 @@ from torch.nn import functional as F
 from uniworld.data.scenes.descriptions import Description
 from uniworld.data.scenes.graph import COLOURS, MATERIALS, SHAPES, SIZES, Scene, Thing, is_held_out
 from uniworld.data.scenes.questions import Question
-from uniworld.train.parts.dense import POINT_CLASSES
-from uniworld.train.parts.known import KnownHead, known_labels
+from uniworld.train.parts.dense import POINT_CLASSES, UNNAMED
+from uniworld.train.parts.known import KnownHead, compared, known_labels
 
 SCENE = Scene(
     things=(
@@ -44,6 +46,7 @@ def test_labels_are_of_the_things_that_a_question_speaks_of():
     ball, cube = classes("ball", "red", "metal", "large"), classes("cube", "blue", "matte", "medium")
     assert labels["things"].tolist() == [[ball, [0] * 4, [0] * 4], [cube, ball, ball]]
     assert labels["place"].tolist() == [[[-0.5, -0.5], [0, 0], [0, 0]], [[0.5, 1], [-0.5, -0.5], [-0.5, -0.5]]]
+    assert labels["relation"].tolist() == [0, 4]  # left of, and none
 
 
 def test_many_things_count_as_three_at_most():
@@ -79,6 +82,14 @@ def test_the_loss_is_that_of_each_role_and_only_of_single_things():
         expected = expected + entropy(slice(start, start + size), "things", single, column)
         start += size
     squared = torch.stack([(read[n, r, start:] - labels["place"][n, r]).square().mean() for n, r in single]).mean()
+    between = head.between(F.layer_norm(states, (16,))).float()
+    expected = expected + F.cross_entropy(between[:, :5], torch.tensor([0, 4]))
+    # Fewer; and to the right, farther away, smaller, of another colour.
+    said = [(0, 3, 0.0), (1, 0, 1.0), (1, 1, 1.0), (1, 2, 0.0), (1, 4, 0.0)]
+    errors = [F.binary_cross_entropy_with_logits(between[n, 5 + i], between.new_tensor(y)) for n, i, y in said]
+    expected = expected + 2 * torch.stack(errors).mean()
+    right = [float((between[n, 5 + i] > 0) == y) for n, i, y in said]
+    assert float(logged["known_compared_right"]) == pytest.approx(sum(right) / 5)
     assert float(loss.detach()) == pytest.approx(float((expected + 8 * squared).detach()), rel=1e-5)
     assert float(logged["known_place_error"]) == pytest.approx(float(squared) ** 0.5, rel=1e-5)
 
@@ -100,4 +111,19 @@ def test_it_reads_what_a_state_holds():
 def test_questions_about_nothing_single_have_numbers_only():
     question = Question(kind="style", text="What style?", answer="photo", value="photo")
     loss, logged = KnownHead(16)(torch.randn(1, 16), known_labels([(SCENE, question)]))
-    assert set(logged) == {"known_number_right"} and float(loss.detach()) > 0
+    assert set(logged) == {"known_number_right", "known_relation_right"} and float(loss.detach()) > 0
+
+
+def test_what_can_be_compared_are_single_things_that_differ():
+    """x, z, size, number, colour: of a ball and a cone as far away and of its colour, of a near one whose colour has no
+    name, and of balls and a cone."""
+    question = dataclasses.replace(LEFT_OF, about=(Description(shape="ball"), Description(shape="cone")))
+    ball = Thing(shape="ball", colour="red", x=-0.5, z=0.5)
+    cone = Thing(shape="cone", colour="red", size="large", x=0.5, z=0.55)
+    near = dataclasses.replace(cone, size="medium", x=-0.4)
+    scenes = [Scene(things=things) for things in ((ball, cone), (ball, near), (ball, near, ball))]
+    labels = known_labels([(scene, question) for scene in scenes])
+    labels["things"][1, :, 1] = UNNAMED
+    more, told = compared(labels)
+    assert told.int().tolist() == [[1, 0, 1, 0, 1], [0, 0, 0, 0, 0], [0, 0, 0, 1, 0]]
+    assert more[told].int().tolist() == [0, 0, 1, 1]

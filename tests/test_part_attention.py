@@ -5,7 +5,7 @@ import torch
 
 from uniworld.kernels import extension
 from uniworld.train.parts import attention
-from uniworld.train.parts.attention import NAME, use_fast_attention
+from uniworld.train.parts.attention import KEEPING, NAME, keep_scores, use_fast_attention
 
 
 @pytest.fixture
@@ -66,3 +66,24 @@ def test_amx_keeps_torchs_own(model, monkeypatch):
     monkeypatch.setattr(extension, "CPU_FEATURES", frozenset({"amx_bf16"}))
     use_fast_attention(model)
     assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.usefixtures("slow_in_bf16")
+def test_kept_scores_are_those_that_are_attended_by(model, fast):
+    """Of one head in each of two layers, against the weights of transformers' own attention in plain products."""
+    ids = torch.arange(24).view(2, 12) % 50
+    model.set_attn_implementation("eager")
+    expected = model(input_ids=ids, output_attentions=True).attentions
+    model.set_attn_implementation("sdpa")
+    if fast:
+        use_fast_attention(model)
+    keep_scores(model, model.model.layers, {0: 3, 1: 1})
+    assert model.config._attn_implementation == (NAME if fast else KEEPING)
+    logits = model(input_ids=ids).logits
+    for layer, head in ((0, 3), (1, 1)):
+        scores = model.model.layers[layer].self_attn.scores
+        weights = scores.masked_fill(~torch.ones(12, 12, dtype=torch.bool).tril(), -torch.inf).softmax(-1)
+        assert torch.allclose(weights, expected[layer][:, head], atol=1e-6)
+    model.set_attn_implementation("sdpa")
+    assert torch.equal(logits, model(input_ids=ids).logits)

@@ -113,6 +113,7 @@ def test_many_questions_about_a_picture_are_asked_at_once(words, tmp_path):
     logged = overfit(part, batch, num_steps=40, lr=3e-3)
     assert logged[-1][1]["answers"] < 0.6 * logged[0][1]["answers"], logged[::8]
     assert logged[-1][1]["known_number_right"] > 0.6 > 0.5 > logged[0][1]["known_number_right"], logged[::8]
+    assert logged[-1][1]["looking"] < 0.1 < 5 < logged[0][1]["looking"] and "second_phrase_told" in logged[0][1]
 
 
 def test_a_question_is_asked_behind_earlier_ones(words, tmp_path):
@@ -129,13 +130,16 @@ def test_a_question_is_asked_behind_earlier_ones(words, tmp_path):
         turns = [i for i, token in enumerate(said[:last]) if token == tokens.turn_start]
         assert turns[-2] < said.index(tokens.vision_start) < turns[-1] and len(turns) == 2 * number
     read = []
-    hook = part.module["known"].register_forward_pre_hook(lambda head, args: read.append(args[0]))
+    heads = [part.module[f"known{i}"] for i in (2, 3)]
+    hooks = [head.register_forward_pre_hook(lambda head, args: read.append(args[0])) for head in heads]
     with torch.no_grad():
         part.loss(batch, None)
-    hook.remove()
+    for hook in hooks:
+        hook.remove()
     ends = [int((ids == tokens.assistant).nonzero()[-1]) + 1 for ids in batch["input_ids"]]
-    layer = part._at_layer[2]
-    assert torch.equal(read[0], torch.stack([layer[row, at] for row, at in enumerate(ends)]))
+    for index, states in zip((2, 3), read, strict=True):
+        layer = part._at_layer[index]
+        assert torch.equal(states, torch.stack([layer[row, at] for row, at in enumerate(ends)]))
 
 
 def test_in_other_colours_nothing_is_said_of_colours(words, tmp_path):

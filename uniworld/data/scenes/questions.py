@@ -15,21 +15,24 @@ OPPOSITES = dict(zip(RELATIONS, ("right of", "left of", "behind", "in front of")
 NO_THING_RATE = 0.1  # of questions how many, that are asked of what is not there
 FOLLOW_UP_RATE = 0.4  # "and the cube?" after a question for a colour
 MAX_TRIES = 40
+# Of questions about none, one and two descriptions, where a template has the words of each: the first that it is given.
+PHRASE_SLOTS = ((), (("things", "a", "the"),), (("things_1", "the_1"), ("things_2", "the_2")))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
     """A question, its answer, and what it asks in terms of the graph.
 
-    about: the descriptions in it, in the order that `value` refers to. relation: of about[0] to about[1], or of the
-    thing asked for to about[0]. value: the answer as the graph names it, such as "red", "3", "yes" or "red torus";
-    empty for captions.
+    about: the descriptions in it, in the order that `value` refers to. phrases: the words of each of them. relation: of
+    about[0] to about[1], or of the thing asked for to about[0]. value: the answer as the graph names it, such as "red",
+    "3", "yes" or "red torus"; empty for captions.
     """
 
     kind: str
     text: str
     answer: str
     about: tuple[Description, ...] = ()
+    phrases: tuple[str, ...] = ()
     relation: str | None = None
     value: str = ""
 
@@ -282,7 +285,10 @@ def _question(
 ) -> Question:
     slots |= _slots(words, about, relation)
     text = words.sentence(words.fill(section, **slots))
-    return Question(kind=kind, text=text, answer=answer, about=about, relation=relation, value=value)
+    said = tuple(next(slots[name] for name in names if name in slots) for names in PHRASE_SLOTS[len(about)])
+    return Question(
+        kind=kind, text=text, answer=answer, about=about, phrases=said, relation=relation, value=value
+    )
 
 
 def _yes_no(

@@ -31,12 +31,13 @@ from uniworld.models.prompts import PromptProcessor, VLMInputs, sees_own_turn
 from uniworld.models.tokenizers import load_tokenizer
 from uniworld.models.vision_processor import VisionProcessor
 from uniworld.models.vlm import VisionLanguageModel, rope_index
-from uniworld.train.parts.attention import use_fast_attention
+from uniworld.train.parts.attention import keep_scores, use_fast_attention
 from uniworld.train.parts.config import PartConfig
 from uniworld.train.parts.conversations import IGNORED, answer_starts, answer_weights, talk_of
 from uniworld.train.parts.dense import UNNAMED, DenseHead, PlaceHead
 from uniworld.train.parts.grounding import GroundingHead
 from uniworld.train.parts.known import KnownHead
+from uniworld.train.parts.phrases import PhraseHead, looking_loss
 from uniworld.train.parts.sizes import PREPROCESSOR, qwen_config
 from uniworld.train.parts.vlm_batches import NUM_TOKENS, POINTS_PER_SIDE, Batches
 from uniworld.train.parts.words import open_tokenizers, read_ids
@@ -44,7 +45,11 @@ from uniworld.train.parts.words import open_tokenizers, read_ids
 DENSE_WEIGHT = 0.2  # once answers are learned
 GROUNDING_WEIGHT, POINTING_WEIGHT = 0.3, 1.0  # beside answers, and before
 PLACE_WEIGHT, KNOWN_WEIGHT = 0.5, 0.3
-GROUNDED_LAYERS = (1, 2)  # of the language model: after them, counted from 0, is read which things are spoken of
+PHRASE_WEIGHT, LOOKING_WEIGHT = 0.3, 0.3
+# Layers of the language model, counted from 0, after which is read what phrases say, which things are spoken of, and
+# what is known of them; and the heads, by their layers, that are told where to look.
+PHRASE_LAYERS, GROUNDED_LAYERS, KNOWN_LAYERS = (0, 1), (1, 2), (2, 3)
+LOOKING_HEADS = {0: 3, 1: 1}
 SCORED_AT_ONCE = 32
 
 
@@ -66,12 +71,15 @@ class VisionLanguage:
             self.vlm = load_vlm(Path(config.start))
         use_fast_attention(self.vlm.model)
         heads: dict[str, nn.Module] = {n: DenseHead(self.vlm.hidden_size, POINTS_PER_SIDE) for n in ("dense", "wanted")}
-        self._at_layer: dict[int, Tensor] = {}
-        for index in GROUNDED_LAYERS:
-            heads[f"grounding{index}"] = GroundingHead(self.vlm.hidden_size, POINTS_PER_SIDE)
-            self.vlm.model.model.language_model.layers[index].register_forward_hook(self._keep_layer(index))
+        heads |= {f"phrases{i}": PhraseHead(self.vlm.hidden_size) for i in PHRASE_LAYERS}
+        heads |= {f"grounding{i}": GroundingHead(self.vlm.hidden_size, POINTS_PER_SIDE) for i in GROUNDED_LAYERS}
+        heads |= {f"known{i}": KnownHead(self.vlm.hidden_size) for i in KNOWN_LAYERS}
         heads["place"] = PlaceHead(self.vlm.hidden_size, NUM_TOKENS)
-        heads["known"] = KnownHead(self.vlm.hidden_size)
+        self._at_layer: dict[int, Tensor] = {}
+        self._layers = self.vlm.model.model.language_model.layers
+        for index in {*PHRASE_LAYERS, *GROUNDED_LAYERS, *KNOWN_LAYERS}:
+            self._layers[index].register_forward_hook(self._keep_layer(index))
+        keep_scores(self.vlm.model, self._layers, LOOKING_HEADS)
         self.module: nn.Module = nn.ModuleDict({"vlm": self.vlm.model.requires_grad_(True), **heads})
         self.vlm.model.model.visual.register_forward_hook(self._keep_seen)
 
@@ -112,10 +120,11 @@ class VisionLanguage:
         if "labels" in batch:
             answers, right = self._answer(states, batch)
             knowing, known = self._read_known(batch)
+            reading, phrases = self._read_phrases(batch, of_pictures)
             # In other colours pictures are shown to learn to see.
             weight = 1.0 if (batch["seen"]["points"] == UNNAMED).any() else DENSE_WEIGHT
-            loss = answers + weight * seeing + GROUNDING_WEIGHT * pointing + KNOWN_WEIGHT * knowing
-            return loss, more | told | right | known
+            loss = answers + weight * seeing + GROUNDING_WEIGHT * pointing + KNOWN_WEIGHT * knowing + reading
+            return loss, more | told | right | known | phrases
         loss = seeing + POINTING_WEIGHT * pointing
         if "wanted" in batch:
             plan, planned = self._read_plan(states[of_pictures], batch["wanted"])
@@ -151,9 +160,9 @@ class VisionLanguage:
         embeddings = language.embed_tokens(ids.to(device))
         embeddings = embeddings.masked_scatter(of_pictures[..., None], seen.to(embeddings.dtype))
         sees = sees_own_turn(ids, mask.bool(), self.processor.tokens)
-        seen = None if sees is None else sees[:, None].to(device)
+        sees = self._sees = None if sees is None else sees[:, None].to(device)
         output = language(
-            inputs_embeds=embeddings, attention_mask=seen, position_ids=positions.to(device), use_cache=False
+            inputs_embeds=embeddings, attention_mask=sees, position_ids=positions.to(device), use_cache=False
         )
         return output.last_hidden_state
 
@@ -179,10 +188,22 @@ class VisionLanguage:
         return torch.stack(losses).sum(), told | {"place_right": right}
 
     def _read_known(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """What is known of the things that each question speaks of, at the last token before its answer."""
+        """What is known of the things that each question speaks of, at the last token before its answer; and what to
+        log of it in the middle of the language model."""
         row, begin = answer_starts(batch["labels"]).nonzero(as_tuple=True)
-        states = self._at_layer[GROUNDED_LAYERS[-1]][row, begin - 1]
-        return self.module["known"](states, batch["known"])
+        read = [self.module[f"known{i}"](self._at_layer[i][row, begin - 1], batch["known"]) for i in KNOWN_LAYERS]
+        return torch.stack([loss for loss, _ in read]).sum(), read[0][1]
+
+    def _read_phrases(self, batch: dict[str, Any], of_pictures: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """What the words of each question say, and where `LOOKING_HEADS` look; both weighted."""
+        read = [self.module[f"phrases{i}"](self._at_layer[i], batch["phrases"]) for i in PHRASE_LAYERS]
+        L = of_pictures.shape[1]
+        sees = torch.ones(1, L, L, dtype=torch.bool, device=of_pictures.device).tril()
+        sees = (sees if self._sees is None else self._sees[:, 0]).expand(len(of_pictures), L, L)
+        scores = [self._layers[i].self_attn.scores for i in LOOKING_HEADS]
+        looking = looking_loss(scores, sees, of_pictures, batch["phrases"])
+        reading = torch.stack([loss for loss, _ in read]).sum()
+        return PHRASE_WEIGHT * reading + LOOKING_WEIGHT * looking, read[-1][1] | {"looking": looking.detach()}
 
     def _read_plan(self, states: Tensor, wanted: dict[str, Tensor]) -> tuple[Tensor, dict[str, float | Tensor]]:
         """What is to be at each place, from the last states of the pictures' tokens [all, D]; and which place it is, as

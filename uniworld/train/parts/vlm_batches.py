@@ -32,6 +32,7 @@ from uniworld.train.parts.conversations import (
 from uniworld.train.parts.dense import OF_A_THING, UNNAMED, changed_points, dense_labels
 from uniworld.train.parts.grounding import NO_QUESTION, ROLES, asked_labels, changed_labels, descriptions
 from uniworld.train.parts.known import known_labels
+from uniworld.train.parts.phrases import phrase_labels
 from uniworld.train.parts.recolour import UnseenShapes, greyed, recoloured, unseen_at_points, unseen_of_roles
 from uniworld.train.parts.sizes import PREPROCESSOR, VLM_PX
 from uniworld.train.parts.unseen_words import UnseenWords, unseen_answers
@@ -83,7 +84,7 @@ class Batches:
         have input_ids and attention_mask [N, L], and row int64 [N], which picture it is; conversations have the fields
         of VLMInputs, and wanted. Both have labels [N, L] where there are answers: a token where it is part of one, else
         IGNORED; and unseen, of `UnseenWords`.
-        Questions have known, of `known_labels`.
+        Questions have known, of `known_labels`, and phrases, of `phrase_labels`.
         """
         turns = FIRST_TURNS if seeds.start < self.config.first_item + self.config.look_items else LATER_TURNS
         turn = turns[seeds.start // len(seeds) % len(turns)]
@@ -138,7 +139,7 @@ class Batches:
         batch["seen"]["unseen_shapes"] = unseen_at_points(scenes, unseen, NUM_POINTS)
         if not pairs:
             return batch
-        batch |= self._answers(batch, pairs)
+        batch |= self._answers(batch, pairs, turns)
         batch["known"]["things"][..., UNSHOWN] = UNNAMED
         batch["known"]["unseen_shapes"] = unseen_of_roles(pairs, [unseen[row] for row, _ in turns])
         return batch | {"unseen": self.unseen_words.find(batch["labels"], answers)}
@@ -173,13 +174,19 @@ class Batches:
         batch["seen"] = self._labels([item.scenes[0] for item in items])
         if not pairs:
             return batch
-        batch |= self._answers(batch, pairs)
+        batch |= self._answers(batch, pairs, turns)
         return batch | {"unseen": self.unseen_words.find(batch["labels"], unseen)}
 
-    def _answers(self, batch: dict[str, Any], pairs: Sequence[Asked]) -> dict[str, Any]:
+    def _answers(
+        self, batch: dict[str, Any], pairs: Sequence[Asked], turns: Sequence[tuple[int, str]]
+    ) -> dict[str, Any]:
         """What is to be learned of the question of every turn."""
-        labels = answer_labels(batch["input_ids"], batch["attention_mask"], self.processor.tokens)
-        return {"labels": labels, "asked": asked_labels(pairs, NUM_POINTS), "known": known_labels(pairs)}
+        return {
+            "labels": answer_labels(batch["input_ids"], batch["attention_mask"], self.processor.tokens),
+            "asked": asked_labels(pairs, NUM_POINTS),
+            "known": known_labels(pairs),
+            "phrases": phrase_labels(self.processor.tokenizer, [t for _, t in turns], [q for _, q in pairs]),
+        }
 
     def _short_turns(self, pictures: Sequence[np.ndarray], turns: Sequence[tuple[int, str]]) -> dict[str, Tensor]:
         """pixel_values and image_grid_thw of the pictures; input_ids and attention_mask [N, L] of turns, of which each
