@@ -1,6 +1,7 @@
 """The vision-language part of `tiny`: what its batches hold, and that it learns."""
 
 import json
+import pickle
 from dataclasses import fields
 from unittest import mock
 
@@ -20,7 +21,7 @@ from uniworld.data.scenes.wording import wording
 from uniworld.models.prompts import ANSWER_START, VLMInputs
 from uniworld.models.tokenizers import load_tokenizer
 from uniworld.models.vlm import VisionLanguageModel
-from uniworld.train.parts import conversations, dense, make_part, vlm_batches
+from uniworld.train.parts import conversations, dense, loop, make_part, vlm_batches
 from uniworld.train.parts import words as parts_words
 from uniworld.train.parts.config import load_part_config
 from uniworld.train.parts.grounding import NO_QUESTION, PLAYS
@@ -172,6 +173,14 @@ def test_in_other_colours_nothing_is_said_of_colours(words, tmp_path):
     assert not any("colour" in name or "material" in name for name in logged[0][1])
     assert "known_shape_right" in logged[0][1]
     assert logged[-1][0] < 0.6 * logged[0][0], logged[::8]
+
+
+def test_loader_processes_get_what_makes_batches(words, tmp_path):
+    """It is sent to them without the module, whose hooks could not be."""
+    part = make_part(part_config("vlm", tmp_path, words, tmp_path))
+    maker = pickle.loads(pickle.dumps(loop._Steps(part, part.config))).maker
+    assert maker.module is None
+    assert torch.equal(part.make(range(2))["pixel_values"], maker.make(range(2))["pixel_values"])
 
 
 def test_half_of_the_questions_compare_two_things_and_two_of_three_stand_behind_others():

@@ -76,7 +76,6 @@ class VisionLanguage:
         heads |= {f"known{i}": KnownHead(self.vlm.hidden_size) for i in KNOWN_LAYERS}
         heads["place"] = PlaceHead(self.vlm.hidden_size, NUM_TOKENS)
         self._at_layer: dict[int, Tensor] = {}
-        self._layers = self.vlm.model.model.language_model.layers
         for index in {*PHRASE_LAYERS, *GROUNDED_LAYERS, *KNOWN_LAYERS}:
             self._layers[index].register_forward_hook(self._keep_layer(index))
         keep_scores(self.vlm.model, self._layers, LOOKING_HEADS)
@@ -165,6 +164,10 @@ class VisionLanguage:
             inputs_embeds=embeddings, attention_mask=sees, position_ids=positions.to(device), use_cache=False
         )
         return output.last_hidden_state
+
+    @property
+    def _layers(self) -> nn.ModuleList:
+        return self.vlm.model.model.language_model.layers
 
     def _keep_seen(self, visual: nn.Module, inputs: Any, output: Any) -> None:
         """The states of the pictures' tokens [all, D], which transformers 4 returns bare."""
