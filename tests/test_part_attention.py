@@ -5,7 +5,7 @@ import torch
 
 from uniworld.kernels import extension
 from uniworld.train.parts import attention
-from uniworld.train.parts.attention import KEEPING, NAME, keep_scores, use_fast_attention
+from uniworld.train.parts.attention import KEEPING, NAME, keep_scores, kept_scores, use_fast_attention
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def test_kept_scores_are_those_that_are_attended_by(model, fast):
     assert model.config._attn_implementation == (NAME if fast else KEEPING)
     logits = model(input_ids=ids).logits
     for layer, head in ((0, 3), (1, 1)):
-        scores = model.model.layers[layer].self_attn.scores
+        scores = kept_scores(model.model.layers[layer])
         weights = scores.masked_fill(~torch.ones(12, 12, dtype=torch.bool).tril(), -torch.inf).softmax(-1)
         assert torch.allclose(weights, expected[layer][:, head], atol=1e-6)
     model.set_attn_implementation("sdpa")

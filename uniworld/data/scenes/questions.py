@@ -286,9 +286,7 @@ def _question(
     slots |= _slots(words, about, relation)
     text = words.sentence(words.fill(section, **slots))
     said = tuple(next(slots[name] for name in names if name in slots) for names in PHRASE_SLOTS[len(about)])
-    return Question(
-        kind=kind, text=text, answer=answer, about=about, phrases=said, relation=relation, value=value
-    )
+    return Question(kind=kind, text=text, answer=answer, about=about, phrases=said, relation=relation, value=value)
 
 
 def _yes_no(

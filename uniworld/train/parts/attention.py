@@ -22,7 +22,7 @@ def sdpa_fp32(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options
 ) -> tuple[Tensor, None]:
     """transformers' "sdpa" of fp32 copies; q, k, v [B, H, S, Dh], returns [B, S, H, Dh] in the dtype of q."""
-    _keep_scores(module, query, key, **options)
+    _keep(module, query, key, **options)
     with torch.autocast(query.device.type, enabled=False):
         out, _ = sdpa_attention_forward(module, query.float(), key.float(), value.float(), attention_mask, **options)
     return out.to(query.dtype), None
@@ -31,8 +31,8 @@ def sdpa_fp32(
 def sdpa_keeping(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options
 ) -> tuple[Tensor, None]:
-    """transformers' "sdpa", which keeps scores as `keep_scores` says."""
-    _keep_scores(module, query, key, **options)
+    """transformers' "sdpa", which keeps what `keep_scores` says."""
+    _keep(module, query, key, **options)
     return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
 
 
@@ -48,8 +48,7 @@ def use_fast_attention(model: PreTrainedModel) -> None:
 
 
 def keep_scores(model: PreTrainedModel, layers: Sequence[nn.Module], heads: Mapping[int, int]) -> None:
-    """From now on every pass keeps as `scores` of the attention of layer i what its head `heads[i]` makes of each query
-    and key, fp32 [B, S, S], before mask and softmax.
+    """From now on every pass keeps the queries and keys of head `heads[i]` of layer i, for `kept_scores`.
 
     layers: the model's decoder layers, whose attention is their `self_attn`.
     """
@@ -59,10 +58,17 @@ def keep_scores(model: PreTrainedModel, layers: Sequence[nn.Module], heads: Mapp
         layers[i].self_attn.kept_head = head
 
 
-def _keep_scores(module: nn.Module, query: Tensor, key: Tensor, *, scaling: float | None = None, **_) -> None:
-    head = getattr(module, "kept_head", None)
-    if head is None:
-        return
+def kept_scores(layer: nn.Module) -> Tensor:
+    """What the kept head of a decoder layer made of each query and key in the last pass, before mask and softmax: fp32
+    [B, S, S]."""
+    query, key, scaling = layer.self_attn.kept
     with torch.autocast(query.device.type, enabled=False):
-        q, k = query[:, head].float(), key[:, head * key.shape[1] // query.shape[1]].float()
-        module.scores = q @ k.mT * (q.shape[-1] ** -0.5 if scaling is None else scaling)
+        return query.float() @ key.float().mT * scaling
+
+
+def _keep(module: nn.Module, query: Tensor, key: Tensor, *, scaling: float | None = None, **_) -> None:
+    """No products yet: most passes do without them."""
+    head = getattr(module, "kept_head", None)
+    if head is not None:
+        group = query.shape[1] // key.shape[1]
+        module.kept = query[:, head], key[:, head // group], query.shape[-1] ** -0.5 if scaling is None else scaling

@@ -71,7 +71,8 @@ def descriptions(scene: Scene, words: Wording, number: int) -> list[Question]:
             meant = meant if other.shape and other.colour and is_held_out(other.shape, other.colour) else other
         if words.chance(EXTREME_RATE):
             meant = dataclasses.replace(meant, extreme=words.pick(tuple(EXTREMES)))
-        found.append(Question(kind=POINT, text=(text := words.the(meant)), answer="", about=(meant,), phrases=(text,)))
+        text = words.the(meant)
+        found.append(Question(kind=POINT, text=text, answer="", about=(meant,), phrases=(text,)))
     return found
 
 

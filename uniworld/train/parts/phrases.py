@@ -97,12 +97,15 @@ def looking_loss(
 
     scores: fp32 [N, L, L] of each layer, before the softmax. sees: bool [N, L, L]. of_pictures: bool [N, L].
     """
-    two = (labels["span"][..., 1] > 0).all(1).nonzero()[:, 0].to(sees.device)
+    span = labels["span"].to(sees.device)
+    two = (span[..., 1] > 0).all(1).nonzero()[:, 0]
     if not len(two):
         return scores[0].new_zeros(())
-    first, second = (labels["span"].to(sees.device)[two, ..., 1] - 1).unbind(-1)
-    words, pictures = (s[two].masked_fill(~sees[two], -torch.inf).log_softmax(-1) for s in scores)
-    everywhere = second[:, None].expand(-1, sees.shape[1])
-    at_second = pictures.gather(-1, everywhere[..., None])[..., 0][of_pictures[two]]
-    row = torch.arange(len(two), device=sees.device)
-    return -words[row, torch.maximum(first, second), torch.minimum(first, second)].mean() - at_second.mean()
+    first, second = (span[two, :, 1] - 1).unbind(-1)
+    later, earlier = torch.maximum(first, second), torch.minimum(first, second)
+    row, token = of_pictures[two].nonzero(as_tuple=True)
+    losses = [
+        F.cross_entropy(of_layer[n, query].masked_fill(~sees[n, query], -torch.inf), at)
+        for of_layer, n, query, at in zip(scores, (two, two[row]), (later, token), (earlier, second[row]))
+    ]
+    return torch.stack(losses).sum()

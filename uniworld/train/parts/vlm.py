@@ -31,7 +31,7 @@ from uniworld.models.prompts import PromptProcessor, VLMInputs, sees_own_turn
 from uniworld.models.tokenizers import load_tokenizer
 from uniworld.models.vision_processor import VisionProcessor
 from uniworld.models.vlm import VisionLanguageModel, rope_index
-from uniworld.train.parts.attention import keep_scores, use_fast_attention
+from uniworld.train.parts.attention import keep_scores, kept_scores, use_fast_attention
 from uniworld.train.parts.config import PartConfig
 from uniworld.train.parts.conversations import IGNORED, answer_starts, answer_weights, talk_of
 from uniworld.train.parts.dense import UNNAMED, DenseHead, PlaceHead
@@ -203,7 +203,7 @@ class VisionLanguage:
         L = of_pictures.shape[1]
         sees = torch.ones(1, L, L, dtype=torch.bool, device=of_pictures.device).tril()
         sees = (sees if self._sees is None else self._sees[:, 0]).expand(len(of_pictures), L, L)
-        scores = [self._layers[i].self_attn.scores for i in LOOKING_HEADS]
+        scores = [kept_scores(self._layers[i]) for i in LOOKING_HEADS]
         looking = looking_loss(scores, sees, of_pictures, batch["phrases"])
         reading = torch.stack([loss for loss, _ in read]).sum()
         return PHRASE_WEIGHT * reading + LOOKING_WEIGHT * looking, read[-1][1] | {"looking": looking.detach()}
